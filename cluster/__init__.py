@@ -1,0 +1,1 @@
+"""The only code of patchrank that knows Ray."""

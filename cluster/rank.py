@@ -1,0 +1,218 @@
+"""The search on Ray: an actor a GPU ranks shard after shard, the driver feeds the actors and tells how far they are."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import ray
+import torch
+import torch.nn.functional as F
+
+from cluster.actor import OutputError, Plan, RankingActor, ShardReport
+from cluster.places import connected
+from cluster.pool import Failed, Pool
+from cluster.progress import Meter
+from patchrank import __version__, classes, models, rankings, shards, storage
+from patchrank.classes import Classes
+from patchrank.errors import UserError
+from patchrank.models import Model
+from patchrank.search import SearchConfig, Searcher
+from patchrank.vit import Tower
+
+CLASSES_FILE = "classes.safetensors"  # in the rankings folder: the class embeddings of the search
+
+
+@dataclass(frozen=True)
+class SearchJob:
+    """Everything that `search` is told; the flags of jobs/search.py."""
+
+    shards: Sequence[str]
+    out: str
+    model: str
+    pretrained: str | None = None
+    cut: int | None = None
+    dtype: str = "auto"
+    config: SearchConfig = field(default_factory=SearchConfig)
+    keep_rates: Sequence[float] = (0.8, 0.7, 0.6, 0.5, 0.4)
+    class_names: str | None = None
+    templates: Sequence[str] = ("photo",)
+    class_embeddings: str | None = None
+    prototypes: Sequence[str] = ()
+    limit: int | None = None
+    address: str | None = None
+    actors: int | None = None
+    cpus_per_actor: int | None = None
+    gpus_per_actor: float | None = None
+    images_per_batch: int | None = None
+    candidates_per_batch: int | None = None
+
+
+@dataclass
+class SearchSummary:
+    """The outcome of `search`; sums are of this run alone."""
+
+    folder: str
+    shards: int
+    resumed: int
+    seconds: float = 0.0
+    reports: dict[str, ShardReport] = field(default_factory=dict)  # by shard, in the order in which they finished
+    failures: dict[str, str] = field(default_factory=dict)  # shard -> why
+
+    def total(self, name: str) -> int:
+        """The sum of "images", "rejects" or "candidates" over this run's shards."""
+        return sum(getattr(report.progress, name) for report in self.reports.values())
+
+    def mean_cosine(self) -> list[float]:
+        """Of the images of this run, the mean cosine between pruned and whole image at each keep rate."""
+        images = self.total("images")
+        sums = zip(*(report.progress.cosine for report in self.reports.values()), strict=True)
+        return [sum(column) / images for column in sums]
+
+
+def search(job: SearchJob) -> SearchSummary:
+    """Rank every image of the shards that have no table yet.
+
+    Finished shards stay finished: stopped in whatever way, the same call goes on from there.
+
+    Raises:
+        UserError: bad input; a folder of another search; a disk that is full.
+        KeyboardInterrupt: Ctrl-C; every file in the folder is whole.
+    """
+    uris = shards.expand(job.shards)
+    prototypes = shards.expand(job.prototypes) if job.prototypes else []
+    names = classes.read_names(job.class_names) if job.class_names else None
+    model = models.load(job.model, job.pretrained)
+    identity, known = _class_source(job, model, names, prototypes)
+    names = known.names if known else names if identity else None
+    folder = storage.absolute(job.out)
+    with connected(job.address, job.actors, job.cpus_per_actor, job.gpus_per_actor, len(uris)) as places:
+        tower = Tower(model.visual, job.cut, models.resolve_dtype(job.dtype, places.gpu), name=job.model)
+        anything = torch.zeros(1, tower.embed_dim) if identity else None
+        # Refuses what does not fit, before anything is written.
+        Searcher(tower, job.config, anything, keep_rates=job.keep_rates)
+        fingerprint = rankings.prepare(folder, _settings(job, model, tower, identity, names))
+        done = rankings.finished(folder, uris)
+        todo = [uri for uri in uris if uri not in done]
+        summary = SearchSummary(folder, len(uris), len(done))
+        if not todo:
+            return summary
+        start = time.monotonic()
+        shared = [ray.put(tower), ray.put(model.preprocess())]
+        size = min(places.actors, max(len(todo), len(prototypes)))
+        pool = Pool(RankingActor, (shared, places), size, places.cpus, places.gpus, fatal=(OutputError,))
+        images_per_batch = job.images_per_batch or (64 if places.gpu else 16)
+        if identity and known is None:
+            known = _prototypes(pool, folder, prototypes, identity, names, images_per_batch)
+        if known:
+            try:
+                classes.save(storage.join(folder, CLASSES_FILE), known)
+            except OSError as error:
+                raise UserError(f"{folder}: cannot be written: {storage.one_line(error)}") from None
+        plan = Plan(
+            folder=folder,
+            fingerprint=fingerprint,
+            config=job.config,
+            keep_rates=tuple(job.keep_rates),
+            classes=known.embeddings if known else None,
+            logit_scale=model.logit_scale,
+            images_per_batch=images_per_batch,
+            candidates_per_batch=job.candidates_per_batch or (512 if places.gpu else 16),
+            limit=job.limit,
+        )
+        _rank(pool, plan, todo, summary)
+        summary.seconds = time.monotonic() - start
+    return summary
+
+
+def _rank(pool: Pool, plan: Plan, todo: list[str], summary: SearchSummary) -> None:
+    """Have the shards ranked and fill in the summary."""
+    with contextlib.closing(Meter("search", summary.shards, summary.resumed)) as meter:
+
+        def show() -> None:
+            meter.show(pool.progress(), pool.actors_up)
+
+        try:
+            for uri, report in pool.run("rank", todo, ray.put(plan), tick=show):
+                if isinstance(report, Failed):
+                    summary.failures[uri] = report.reason
+                    rankings.record_failure(plan.folder, uri, report.reason)
+                    continue
+                summary.reports[uri] = report
+                if report.error:
+                    summary.failures[uri] = report.error
+                meter.add(report.progress)
+                show()
+        except OutputError as error:
+            raise UserError(f"{error}; finished shards are kept: make room and run the same command again") from None
+
+
+def _class_source(
+    job: SearchJob, model: Model, names: list[str] | None, prototypes: list[str]
+) -> tuple[str | None, Classes | None]:
+    """The identity of the class embeddings, and these unless they are prototypes, which actors make later."""
+    if job.class_embeddings and prototypes:
+        raise UserError("--class-embeddings and --prototypes exclude each other: choose one")
+    if prototypes:
+        digest = hashlib.sha256("\n".join([model.weights, *prototypes]).encode()).hexdigest()[:16]
+        return f"prototypes {digest}", None
+    known = None
+    if job.class_embeddings:
+        known = classes.from_file(job.class_embeddings, model.visual.output_dim, names)
+    elif names:
+        known = classes.from_text(model, names, classes.templates(job.templates))
+    return (known.identity, known) if known else (None, None)
+
+
+def _prototypes(
+    pool: Pool, folder: str, uris: list[str], identity: str, names: list[str] | None, images_per_batch: int
+) -> Classes:
+    """The prototypes that an earlier run of the same search kept in the folder, or else new ones.
+
+    Rounding depends on the device, so a search that goes on elsewhere must not make its own.
+    """
+    found = classes.load(storage.join(folder, CLASSES_FILE), identity, names)
+    if found is not None:
+        return found
+    by_shard = {}
+    with contextlib.closing(Meter("prototypes", len(uris))) as meter:
+
+        def show() -> None:
+            meter.show(pool.progress(), pool.actors_up)
+
+        for uri, result in pool.run("class_sums", uris, names and len(names), images_per_batch, tick=show):
+            if isinstance(result, Failed):
+                raise UserError(f"--prototypes {uri}: {result.reason}")
+            by_shard[uri] = result
+            meter.add(result[2])
+            show()
+    parts = [by_shard[uri] for uri in uris]  # in this order, not that of the actors: addition rounds
+    size = max(len(counts) for _, counts, _ in parts)
+    sums = torch.stack([F.pad(sums, (0, 0, 0, size - len(sums))) for sums, _, _ in parts]).sum(dim=0)  # (K, E)
+    counts = torch.stack([F.pad(counts, (0, size - len(counts))) for _, counts, _ in parts]).sum(dim=0)  # (K,)
+    return classes.from_sums(sums, counts, identity, names)
+
+
+def _settings(
+    job: SearchJob, model: Model, tower: Tower, identity: str | None, names: list[str] | None
+) -> dict[str, Any]:
+    """What decides the rankings, and under "about" what does not."""
+    return {
+        "model": {
+            "weights": model.weights,
+            "cut": tower.cut,
+            "dtype": str(tower.dtype).removeprefix("torch."),
+            "preprocess": dict(model.visual.preprocess_cfg),
+            "logit_scale": round(model.logit_scale, 4),
+        },
+        "grid": list(tower.grid),
+        "search": asdict(job.config),
+        "keep_rates": list(job.keep_rates),
+        "classes": identity,
+        "limit": job.limit,
+        "about": {"model": job.model, "pretrained": job.pretrained, "class_names": names, "patchrank": __version__},
+    }

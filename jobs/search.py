@@ -1,0 +1,143 @@
+"""Search golden rankings: shards in, Parquet out.
+
+    python jobs/search.py                                     the embedded model on the embedded shards
+    python jobs/search.py --model ViT-B-16 --pretrained openai --shards 'data/train-{000000..001280}.tar' --out rankings
+    ray submit ray_cluster.yaml jobs/search.py -- --shards s3://bucket/train --out s3://bucket/rankings ...
+
+Stopped at any time, the same command goes on where it was. Every shard becomes one Parquet file in the output folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from cluster.rank import SearchJob, SearchSummary, search
+from patchrank import assets
+from patchrank.classes import TEMPLATES
+from patchrank.errors import UserError, run
+from patchrank.scores import SCORES
+from patchrank.search import SearchConfig
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags, with the defaults of `SearchJob` and `SearchConfig`."""
+    result = argparse.ArgumentParser(
+        prog="jobs/search.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = result.add_argument_group("input and output").add_argument
+    add("--shards", nargs="+", metavar="SHARDS", help="WebDataset tars: path, {000..123}, glob, folder or list file")
+    add("--out", default="rankings", metavar="FOLDER", help="folder of rankings, local, s3:// or gs:// (%(default)s)")
+    add("--limit", type=int, metavar="N", help="rank only the first N samples of each shard")
+
+    add = result.add_argument_group("model").add_argument
+    add("--model", metavar="NAME", help="open_clip name, hf-hub:ORG/REPO or local-dir:FOLDER (the embedded model)")
+    add("--pretrained", metavar="TAG", help="open_clip tag or weights file, which may hold the image tower alone")
+    add("--cut", type=int, metavar="L", help="tokens leave before this block, counted from 0 (a quarter of the depth)")
+    add("--dtype", default=SearchJob.dtype, help="auto, float32, bfloat16 or float16 (%(default)s)")
+
+    add = result.add_argument_group("classes, for predictions and for the scores 'label' and 'confidence'").add_argument
+    add("--classes", metavar="FILE", help="class names by label: JSON list or one a line; the text tower embeds them")
+    add("--templates", nargs="+", default=["photo"], metavar="T", help=f"prompts with {{}}, or {', '.join(TEMPLATES)}")
+    add("--class-embeddings", metavar="FILE", help="class embeddings: FILE.safetensors or FILE.npz, :ARRAY if several")
+    add("--prototypes", nargs="+", default=[], metavar="SHARDS", help="labelled shards whose mean embeddings to use")
+
+    default = SearchConfig()
+    add = result.add_argument_group("search").add_argument
+    add("--score", default=default.score, help=f"what a ranking keeps: {', '.join(SCORES)} (%(default)s)")
+    add("--keep", type=float, default=default.keep, help="search until this share of tokens is left (%(default)s)")
+    add("--steps", type=int, help="search at most so many steps; 1 is the one-shot search")
+    add("--remove-per-step", type=int, default=default.remove_per_step, help="tokens that leave a step (%(default)s)")
+    add("--block", type=int, default=default.block, help="side of the sliding blocks, in tokens (%(default)s)")
+    add("--rescore", default=default.rescore, help="times remove-per-step tokens scored again, or 'all' (%(default)s)")
+    add("--keep-rates", type=float, nargs="*", default=list(SearchJob.keep_rates), help="to predict at (%(default)s)")
+
+    add = result.add_argument_group("machines").add_argument
+    add("--address", help="Ray cluster to join: auto, HOST:PORT, or local for a Ray of one's own")
+    add("--actors", type=int, help="actors to start (one a GPU, or as many as the cores allow)")
+    add("--cpus-per-actor", type=int, help="cores of an actor")
+    add("--gpus-per-actor", type=float, help="GPUs of an actor, 0 for none")
+    add("--images-per-batch", type=int, help="images an actor searches at a time")
+    add("--candidates-per-batch", type=int, help="candidates in a forward pass; halved when memory runs out")
+    return result
+
+
+def job(argv: Sequence[str] | None) -> SearchJob:
+    """The job that the flags describe. Raises UserError for flags that do not go together."""
+    args = parser().parse_args(argv)
+    if args.model and not args.shards:
+        raise UserError("--model needs --shards: which images should it rank?")
+    if args.pretrained and not args.model:
+        raise UserError("--pretrained needs --model")
+    for name in ("limit", "actors", "cpus_per_actor", "images_per_batch", "candidates_per_batch"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    try:
+        rescore = None if args.rescore == "all" else int(args.rescore)
+    except ValueError:
+        raise UserError(f"--rescore {args.rescore}: must be a number or 'all'") from None
+    own_classes = args.classes or args.class_embeddings or args.prototypes or args.model
+    return SearchJob(
+        shards=args.shards or assets.TRAIN_SHARDS,
+        out=args.out,
+        model=args.model or assets.MODEL,
+        pretrained=args.pretrained,
+        cut=args.cut,
+        dtype=args.dtype,
+        config=SearchConfig(args.score, args.keep, args.steps, args.remove_per_step, args.block, rescore),
+        keep_rates=args.keep_rates,
+        class_names=args.classes if own_classes else str(assets.CLASSNAMES),
+        templates=args.templates,
+        class_embeddings=args.class_embeddings,
+        prototypes=args.prototypes,
+        limit=args.limit,
+        address=args.address,
+        actors=args.actors,
+        cpus_per_actor=args.cpus_per_actor,
+        gpus_per_actor=args.gpus_per_actor,
+        images_per_batch=args.images_per_batch,
+        candidates_per_batch=args.candidates_per_batch,
+    )
+
+
+def show(summary: SearchSummary, keep_rates: Sequence[float]) -> None:
+    """Print what was done, what failed, and what to do next."""
+    images, rejects, candidates = (summary.total(name) for name in ("images", "rejects", "candidates"))
+    seconds = summary.seconds
+    if summary.resumed:
+        print(f"shards        {summary.resumed} of {summary.shards} were finished before")
+    if seconds:
+        print(f"images        {images} ranked, {rejects} rejected, in {seconds:.1f} s: {images / seconds:.2f} images/s")
+        print(f"candidates    {candidates}: {candidates / seconds:.0f} candidates/s")
+    if images:
+        cosines = zip(keep_rates, summary.mean_cosine(), strict=True)
+        print("cosine        " + ", ".join(f"{mean:.4f} at keep {keep}" for keep, mean in cosines))
+        reports = list(summary.reports.values())
+        memory = ", ".join(f"{report.memory / 1e9:.2f}" for report in [reports[0], reports[-1]])
+        print(f"memory        peak of an actor after the first and after the last shard: {memory} GB")
+        print(f"disk          {sum(report.bytes for report in reports) / images:.0f} bytes an image")
+    print(f"rankings      {summary.folder}")
+    for shard, reason in sorted(summary.failures.items()):
+        print(f"error: {shard}: {reason}", file=sys.stderr)
+    if summary.failures:
+        print("error: put these shards right and run the same command again", file=sys.stderr)
+    if rejects:
+        print(f"next          python jobs/query.py {summary.folder} rejects")
+    print(f"next          python jobs/query.py {summary.folder} accuracy")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, search, print; 1 where a shard failed."""
+    parsed = job(argv)
+    try:
+        summary = search(parsed)
+    except KeyboardInterrupt:
+        print(f"stopped; finished shards are in {parsed.out}: the same command goes on from there", file=sys.stderr)
+        raise
+    show(summary, parsed.keep_rates)
+    return 1 if summary.failures else 0
+
+
+if __name__ == "__main__":
+    run(main)

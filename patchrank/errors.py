@@ -1,0 +1,28 @@
+"""A user's mistake: one clear line, no stack trace."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """Input that a user can put right. The message is one line that names the file, key or flag and what to do."""
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Run the main function of a job and leave the process with its exit status.
+
+    A `UserError` becomes one line on stderr and status 2; Ctrl-C becomes status 130, as shells expect.
+    """
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output (`| head`) has gone
+        sys.stderr.close()
+        sys.exit(141)

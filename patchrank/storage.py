@@ -1,0 +1,124 @@
+"""One file-system layer for shards and rankings: local paths, s3:// and gs://, through pyarrow.fs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import tempfile
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+from pyarrow import fs
+
+from patchrank.errors import UserError
+
+
+def is_local(uri: str) -> bool:
+    """Whether the URI is a path of this machine (no scheme, or file://)."""
+    return "://" not in uri or uri.startswith("file://")
+
+
+def absolute(uri: str) -> str:
+    """The one spelling of a URI: a local path is absolute and has no scheme; no trailing slash."""
+    if is_local(uri):
+        return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
+    path, mark, options = uri.partition("?")
+    return path.rstrip("/") + mark + options
+
+
+def join(folder: str, *names: str) -> str:
+    """The URI of a file below a folder; the options of a remote URI, after "?", stay at its end."""
+    path, mark, options = (folder, "", "") if is_local(folder) else folder.partition("?")
+    return "/".join([path.rstrip("/"), *names]) + mark + options
+
+
+def resolve(uri: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a URI and the path inside it.
+
+    Raises:
+        UserError: the scheme is not known, or the bucket cannot be reached.
+    """
+    if is_local(uri):
+        return fs.LocalFileSystem(), absolute(uri)
+    parts = urlsplit(uri)
+    options = [parts.query] if parts.query else []
+    if parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in parts.query:
+        options.append("retry_limit_seconds=30")  # pyarrow's default is a quarter of an hour
+    query = "?" + "&".join(options) if options else ""
+    path = f"{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
+    return _remote(f"{parts.scheme}://{parts.netloc}", query), path
+
+
+@functools.lru_cache(maxsize=64)  # connecting to a bucket asks for its region: one request a bucket, not one a shard
+def _remote(bucket: str, query: str) -> fs.FileSystem:
+    try:
+        return fs.FileSystem.from_uri(bucket + query)[0]
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{bucket}: cannot be opened ({one_line(error)}); use a path, s3:// or gs://") from None
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception on one line, for reports; its type's name where it has no message."""
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole content of a file. Raises OSError where it cannot be read."""
+    system, path = resolve(uri)
+    with system.open_input_stream(path, compression=None) as stream:
+        return stream.read()
+
+
+def exists(uri: str) -> bool:
+    """Whether there is a file or folder at the URI."""
+    system, path = resolve(uri)
+    return system.get_file_info(path).type != fs.FileType.NotFound
+
+
+def files(folder: str) -> list[fs.FileInfo]:
+    """The files right below a folder, sorted by path; none where the folder does not exist."""
+    system, path = resolve(folder)
+    infos = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return sorted((info for info in infos if info.type == fs.FileType.File), key=lambda info: info.path)
+
+
+def write_atomic(uri: str, data: bytes) -> None:
+    """Write a file so that it exists whole or not at all: a temporary name and a rename on disk, one upload elsewhere.
+
+    Raises:
+        OSError: the data could not be written; nothing is left behind.
+    """
+    system, path = resolve(uri)
+    if not is_local(uri):
+        stream = system.open_output_stream(path)
+        stream.write(data)
+        stream.close()  # the object becomes visible here
+        return
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # the rename must not reach the disk before the data
+        os.chmod(temporary, 0o666 & ~_UMASK)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def delete(uri: str) -> None:
+    """Delete a file; no error where there is none."""
+    system, path = resolve(uri)
+    if system.get_file_info(path).type == fs.FileType.File:
+        system.delete_file(path)
+
+
+_UMASK = os.umask(0)  # mkstemp makes files private; the umask can only be read by setting it
+os.umask(_UMASK)

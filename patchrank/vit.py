@@ -1,0 +1,201 @@
+"""An open_clip image tower cut before block L: what comes before runs once an image, what comes after once a candidate.
+
+tower = Tower(model.visual, cut=3)
+tokens = tower.prefix(images)              # the full sequence, class embedding first
+tower.suffix(tokens)                       # = model.encode_image(images)
+tower.suffix(tokens, kept)                 # the embedding when only the tokens `kept` go on
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import Attention, LayerNormFp32, VisionTransformer
+from torch import Tensor, nn
+
+from patchrank.errors import UserError
+
+
+def check_tower(visual: nn.Module, name: str = "this model") -> None:
+    """Refuse an image tower that is not a plain vision transformer read out at its class token.
+
+    Raises:
+        UserError: names the model and the reason.
+    """
+    reason = None
+    if not isinstance(visual, VisionTransformer):
+        reason = f"its image tower is a {type(visual).__name__}"
+    elif visual.attn_pool is not None:
+        reason = "its image tower pools tokens by attention"
+    elif visual.pool_type != "tok":
+        reason = f"its image tower pools tokens by '{visual.pool_type}'"
+    elif any(getattr(block.attn, "logit_scale", None) is not None for block in visual.transformer.resblocks):
+        reason = "its blocks use scaled cosine attention"
+    if reason:
+        raise UserError(f"{name}: {reason}; patchrank takes plain vision transformers that are read at the class token")
+
+
+def default_cut(blocks: int) -> int:
+    """The block before which tokens leave: a quarter of the depth, 3 of 12 as in the paper."""
+    return min(blocks - 1, max(1, blocks // 4))
+
+
+class Tower(nn.Module):
+    """A frozen copy of an open_clip `VisionTransformer`, cut before block `cut` (blocks count from 0).
+
+    The blocks run in `dtype`; the final layer norm and projection, which see the class token alone, run in float32
+    (float64 where `dtype` is float64), and so do all embeddings that leave the tower. Attention is always fused
+    (`scaled_dot_product_attention`), whichever of open_clip's two attention classes the model was built with.
+
+    Args:
+        visual: the image tower; it is not changed.
+        cut: 0 <= cut < number of blocks; a quarter of the depth where None.
+        dtype: float32, bfloat16, float16 or float64.
+        device: where the copy lives.
+        name: the model's name, for error messages.
+
+    Raises:
+        UserError: the tower is of a kind that cannot be cut (see `check_tower`), or it has no block `cut`.
+    """
+
+    visual: Any  # open_clip has no types
+
+    def __init__(
+        self,
+        visual: VisionTransformer,
+        cut: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        name: str = "this model",
+    ) -> None:
+        super().__init__()
+        check_tower(visual, name)
+        blocks = len(visual.transformer.resblocks)
+        cut = default_cut(blocks) if cut is None else cut
+        if not 0 <= cut < blocks:
+            raise UserError(f"{name} has {blocks} blocks: the cut must be 0 to {blocks - 1}, not {cut}")
+        self.cut = cut
+        self.dtype = dtype
+        self.visual = copy.deepcopy(visual).eval().requires_grad_(False).to(device=device, dtype=dtype)
+        for module in self.visual.modules():
+            if isinstance(module, LayerNormFp32):  # casts its input to float32, and so needs float32 weights
+                module.float()
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        self.visual.ln_post.to(exact)
+        self.visual.proj.data = self.visual.proj.data.to(exact)
+        self.grid: tuple[int, int] = tuple(visual.grid_size)
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the number of patch tokens; the class token is not counted."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def width(self) -> int:
+        """D, the width of a token."""
+        return self.visual.transformer.width
+
+    @property
+    def embed_dim(self) -> int:
+        """E, the width of an embedding."""
+        return self.visual.proj.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.visual.proj.device
+
+    @torch.inference_mode()
+    def prefix(self, images: Tensor) -> Tensor:
+        """Tokens before block `cut`.
+
+        Args:
+            images: (B, 3, H, W), preprocessed, any floating dtype.
+
+        Returns:
+            (B, 1 + N, D) in the tower's dtype; the class token comes first, then the patches row by row.
+        """
+        x = self.visual._embeds(images.to(self.device, self.dtype))  # (B, 1 + N, D)
+        for block in self.visual.transformer.resblocks[: self.cut]:
+            x = _block(block, x)
+        return x
+
+    @torch.inference_mode()
+    def suffix(self, tokens: Tensor, kept: Tensor | None = None, image: Tensor | None = None) -> Tensor:
+        """Embeddings of images of which only some tokens go past the cut.
+
+        Args:
+            tokens: (B, 1 + N, D) from `prefix`.
+            kept: (C, n) int64 token ids in 0 .. N-1; all tokens where None.
+            image: (C,) int64, the row of `tokens` that each row of `kept` belongs to; row c where None (then C = B).
+
+        Returns:
+            (C, E) float32 (float64 for a float64 tower), not normalised, as `encode_image` gives them.
+        """
+        if kept is None:
+            x = tokens if image is None else tokens[image]  # (C, 1 + N, D)
+        else:
+            rows = torch.arange(kept.shape[0], device=kept.device) if image is None else image
+            positions = F.pad(kept + 1, (1, 0))  # (C, 1 + n): the class token, position 0, always stays
+            x = tokens[rows[:, None], positions]  # (C, 1 + n, D)
+        blocks = self.visual.transformer.resblocks
+        for block in blocks[self.cut : -1]:
+            x = _block(block, x)
+        x = _block(blocks[-1], x, class_token_only=True)[:, 0]  # (C, D)
+        x = self.visual.ln_post(x.to(self.visual.proj.dtype))
+        return x @ self.visual.proj  # (C, E)
+
+    def suffix_multiply_adds(self, kept: int) -> int:
+        """Exact multiply-adds of `suffix` for a candidate of `kept` patch tokens; norms and activations not counted."""
+        n, d, hidden = kept + 1, self.width, self.visual.transformer.resblocks[0].mlp.c_fc.out_features
+        block = (4 * d * d + 2 * d * hidden) * n + 2 * n * n * d
+        last = (
+            2 * d * d * n + 2 * d * d + 2 * n * d + 2 * d * hidden
+        )  # keys and values of all, the rest of the class token
+        return (len(self.visual.transformer.resblocks) - self.cut - 1) * block + last + d * self.embed_dim
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embeddings of whole images, (B, 3, H, W) -> (B, E): the unpruned model."""
+        return self.suffix(self.prefix(images))
+
+
+def _block(block: Any, x: Tensor, class_token_only: bool = False) -> Tensor:
+    """One residual attention block: (C, n, D) -> (C, n, D), or (C, 1, D) where only the class token is wanted.
+
+    The class token of the last block attends to every token, but no other token's output is ever read: its queries,
+    output projection and MLP are the class token's alone.
+    """
+    attended = _attention(block.attn, block.ln_1(x), class_token_only)
+    if class_token_only:
+        x = x[:, :1]
+    x = x + block.ls_1(getattr(block, "ln_attn", _IDENTITY)(attended))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+
+def _attention(attn: Any, x: Tensor, class_token_only: bool) -> Tensor:
+    """Fused self-attention with the weights of either of open_clip's classes, (C, n, D) -> (C, n or 1, D)."""
+    width, weight, bias = x.shape[-1], attn.in_proj_weight, attn.in_proj_bias
+    if class_token_only:
+        query = F.linear(x[:, :1], weight[:width], None if bias is None else bias[:width])  # (C, 1, D)
+        key, value = F.linear(x, weight[width:], None if bias is None else bias[width:]).chunk(2, dim=-1)
+    else:
+        query, key, value = F.linear(x, weight, bias).chunk(3, dim=-1)
+    query, key, value = (  # (C, heads, n or 1, D / heads)
+        part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in (query, key, value)
+    )
+    if isinstance(attn, Attention):
+        query, key = attn.ln_q(query), attn.ln_k(key)
+    y = F.scaled_dot_product_attention(query, key, value)
+    if isinstance(attn, Attention):
+        if attn.head_scale is not None:
+            y = y * attn.head_scale
+        y = attn.ln_inner(y.transpose(1, 2).flatten(2))
+    else:
+        y = y.transpose(1, 2).flatten(2)  # (C, n or 1, D)
+    return attn.out_proj(y)
+
+
+_IDENTITY = nn.Identity()

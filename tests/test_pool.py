@@ -1,0 +1,95 @@
+"""The pool on real Ray actors that fail in every way."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import ray
+
+from cluster.pool import ATTEMPTS, Failed, Pool
+from patchrank.errors import UserError
+
+
+class Fatal(Exception):
+    pass
+
+
+class Worker:
+    """Does what the item says."""
+
+    def __init__(self, folder, broken=False):
+        if broken:
+            raise RuntimeError("no such device")
+        self.folder = folder
+        self.started = time.monotonic()
+
+    def ready(self):
+        pass
+
+    @ray.method(concurrency_group="progress")
+    def progress(self):
+        return os.getpid()
+
+    def work(self, item, suffix):
+        with open(self.folder / item, "a") as file:
+            file.write("x")
+        if item.startswith("die"):
+            os._exit(1)
+        if item == "once" and (self.folder / item).read_text() == "x":
+            os._exit(1)
+        if item == "bad":
+            raise ValueError("two\nlines")
+        if item == "fatal":
+            raise Fatal("stop")
+        if item == "slow":
+            time.sleep(4)
+        return item + suffix
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    here = {"env_vars": {"PYTHONPATH": os.path.dirname(__file__)}}  # actors import this file
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    ray.init(address="local", num_cpus=3, runtime_env=here, **quiet)
+    yield
+    ray.shutdown()
+
+
+def test_every_item_is_done_whatever_becomes_of_the_others(tmp_path):
+    pool = Pool(Worker, (tmp_path,), size=2, cpus=1, gpus=0)
+    items = ["a", "die", "b", "once", "bad", "c", "d"]
+    results = dict(pool.run("work", items, "!"))
+    assert {item for item, result in results.items() if isinstance(result, str)} == {"a", "b", "once", "c", "d"}
+    assert results["once"] == "once!"
+    assert results["die"] == Failed("its worker died 3 times")
+    assert (tmp_path / "die").read_text() == "x" * ATTEMPTS
+    assert results["bad"] == Failed("ValueError: two lines")
+    assert dict(pool.run("work", ["e"], "?")) == {"e": "e?"}  # the actors are still of use
+
+
+def test_a_fatal_error_ends_the_run(tmp_path):
+    pool = Pool(Worker, (tmp_path,), size=1, cpus=1, gpus=0, fatal=(Fatal,))
+    with pytest.raises(Fatal, match="stop"):
+        list(pool.run("work", ["fatal", "a"], ""))
+
+
+def test_actors_without_room_are_not_waited_for(tmp_path):
+    pool = Pool(Worker, (tmp_path,), size=50, cpus=1, gpus=0)
+    assert len(dict(pool.run("work", [f"item-{n}" for n in range(20)], ""))) == 20
+    assert 1 <= pool.actors_up <= 3
+
+
+def test_progress_is_heard_while_an_actor_works(tmp_path):
+    pool = Pool(Worker, (tmp_path,), size=1, cpus=1, gpus=0)
+    heard = []
+    assert dict(pool.run("work", ["slow"], "", tick=lambda: heard.extend(pool.progress()))) == {"slow": "slow"}
+    assert heard and all(isinstance(pid, int) for pid in heard)
+    assert pool.progress() == []
+
+
+def test_an_actor_that_cannot_start_is_one_line(tmp_path):
+    pool = Pool(Worker, (tmp_path, True), size=1, cpus=1, gpus=0)
+    with pytest.raises(UserError, match=r"^an actor could not be started: .*no such device$"):
+        list(pool.run("work", ["a"], ""))

@@ -1,0 +1,285 @@
+"""The search on real Ray processes, as a user runs it: jobs/search.py in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import webdataset as wds
+from PIL import Image
+from safetensors.torch import save_file
+
+from patchrank import rankings
+
+ROOT = Path(__file__).parent.parent
+CLASSES = ["ant", "bee", "cat"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A small CLIP with random weights, class names, and six shards of twelve random images."""
+    import open_clip
+    import torch
+
+    folder = tmp_path_factory.mktemp("data")
+    config = {
+        "model_cfg": {
+            "embed_dim": 24,
+            "vision_cfg": {"layers": 4, "width": 32, "head_width": 8, "patch_size": 4, "image_size": 24},
+            "text_cfg": {"context_length": 8, "width": 8, "heads": 1, "layers": 1},
+        },
+        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
+    }
+    (folder / "model").mkdir()
+    (folder / "model" / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    model = open_clip.create_model(f"local-dir:{folder / 'model'}")
+    save_file(model.state_dict(), str(folder / "model" / "open_clip_model.safetensors"))
+    (folder / "classes.json").write_text(json.dumps(CLASSES))
+    random = np.random.default_rng(0)
+    for shard in range(6):
+        with wds.TarWriter(str(folder / f"images-{shard}.tar")) as writer:
+            for number in range(12):
+                pixels = random.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+                writer.write({"__key__": f"{shard}-{number}", "png": Image.fromarray(pixels), "cls": number % 3})
+    return folder
+
+
+def command(data, out, *flags, shards="images-{0..5}.tar"):
+    return [
+        sys.executable, str(ROOT / "jobs" / "search.py"), "--address", "local", "--cpus-per-actor", "1",
+        "--model", f"local-dir:{data / 'model'}", "--shards", str(data / shards), "--classes",
+        str(data / "classes.json"), "--out", str(out), "--dtype", "float32", *flags,
+    ]  # fmt: skip
+
+
+def search(data, out, *flags, **named):
+    return subprocess.run(command(data, out, *flags, **named), capture_output=True, text=True, timeout=300)
+
+
+def tables(out):
+    """Every table of a folder by file name, as rows."""
+    return {path.name: pq.read_table(path).to_pylist() for path in sorted(Path(out).glob("*.parquet"))}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    """The folder of a search by one actor that nothing disturbed."""
+    out = tmp_path_factory.mktemp("undisturbed") / "rankings"
+    done = search(data, out, "--actors", "1")
+    assert done.returncode == 0, done.stderr
+    assert "72 ranked, 0 rejected" in done.stdout
+    assert "jobs/query.py" in done.stdout
+    return out
+
+
+def test_every_image_has_its_row(undisturbed):
+    found = tables(undisturbed)
+    assert len(found) == 6
+    rows = [row for table in found.values() for row in table]
+    assert {row["key"] for row in rows} == {f"{shard}-{number}" for shard in range(6) for number in range(12)}
+    assert all(sorted(row["ranking"]) == list(range(36)) for row in rows)
+    assert all(row["label"] == int(row["key"].split("-")[1]) % 3 for row in rows)
+    assert all(row["prediction"] in (0, 1, 2) and len(row["pruned"]) == 5 for row in rows)
+
+
+def test_three_actors_make_the_same_tables(data, undisturbed, tmp_path):
+    done = search(data, tmp_path / "out", "--actors", "3")
+    assert done.returncode == 0, done.stderr
+    assert tables(tmp_path / "out") == tables(undisturbed)
+
+
+def actors():
+    """Process ids of the ranking actors of this machine, by what Ray calls their processes."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                name = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if name.startswith(b"ray::RankingActor"):
+                found.append(int(entry.name))
+    return found
+
+
+def wait_for(condition, process, seconds=120):
+    """Wait until something happens while the process runs."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        if found := condition():
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"did not happen; the search says:\n{process.communicate(timeout=60)}")
+
+
+# Enough work (every token scored again for every one that leaves) that there is a half-way to kill something at.
+SLOW = ("--rescore", "all", "--remove-per-step", "1", "--keep", "0")
+
+
+@pytest.fixture(scope="module")
+def slow(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("slow") / "rankings"
+    assert search(data, out, *SLOW, "--actors", "1").returncode == 0
+    return out
+
+
+def test_a_killed_actor_costs_no_row(data, slow, tmp_path):
+    out, before = tmp_path / "out", set(actors())
+    with subprocess.Popen(
+        command(data, out, *SLOW, "--actors", "1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_for(lambda: list(out.glob("*.parquet")), process)
+        victims = set(actors()) - before
+        assert victims
+        for victim in victims:
+            os.kill(victim, signal.SIGKILL)
+        _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert tables(out) == tables(slow)
+
+
+@pytest.mark.parametrize("how, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_a_stopped_driver_goes_on_where_it_was(data, slow, tmp_path, how, status):
+    out = tmp_path / "out"
+    with subprocess.Popen(
+        command(data, out, *SLOW, "--actors", "1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_for(lambda: list(out.glob("*.parquet")), process)
+        process.send_signal(how)
+        _, stderr = process.communicate(timeout=120)
+    assert process.returncode == status, stderr
+    if how == signal.SIGINT:
+        assert "goes on from there" in stderr and "Traceback" not in stderr
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
+    assert 0 < len(finished) < 6
+    done = search(data, out, *SLOW, "--actors", "1")
+    assert done.returncode == 0, done.stderr
+    assert f"{len(finished)} of 6 were finished before" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished  # not computed again
+    assert tables(out) == tables(slow)
+    assert not list(out.glob(".*"))
+
+
+def test_a_finished_search_has_nothing_to_do(data, undisturbed):
+    before = tables(undisturbed)
+    done = search(data, undisturbed)
+    assert done.returncode == 0, done.stderr
+    assert "6 of 6 were finished before" in done.stdout
+    assert tables(undisturbed) == before
+
+
+def test_prototypes_are_kept_for_the_run_that_goes_on(data, tmp_path):
+    out = tmp_path / "out"
+    flags = ("--prototypes", str(data / "images-{4,5}.tar"), "--actors", "2")
+    first = search(data, out, *flags, shards="images-0.tar")
+    assert first.returncode == 0, first.stderr
+    kept = (out / "classes.safetensors").read_bytes()
+    second = search(data, out, *flags, shards="images-{0..1}.tar")
+    assert second.returncode == 0, second.stderr
+    assert (out / "classes.safetensors").read_bytes() == kept
+    assert len(tables(out)) == 2
+
+
+def test_the_score_label_needs_labels_and_names_who_has_none(data, tmp_path):
+    with wds.TarWriter(str(tmp_path / "mixed.tar")) as writer:
+        image = Image.new("RGB", (24, 24), "red")
+        writer.write({"__key__": "good", "png": image, "cls": 1})
+        writer.write({"__key__": "bare", "png": image})
+        writer.write({"__key__": "high", "png": image, "cls": 3})
+    done = search(data, tmp_path / "out", "--score", "label", shards=tmp_path / "mixed.tar")
+    assert done.returncode == 0, done.stderr
+    assert [row["key"] for table in tables(tmp_path / "out").values() for row in table] == ["good"]
+    rejects = {row["key"]: row["reason"] for row in rankings.open(str(tmp_path / "out")).rejects().to_pylist()}
+    assert "no label" in rejects["bare"] and "label 3" in rejects["high"]
+
+
+def test_bad_shards_are_reported_and_the_good_rows_kept(data, tmp_path):
+    whole = (data / "images-0.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "zero.tar").write_bytes(b"")
+    with wds.TarWriter(str(tmp_path / "empty.tar")):
+        pass
+    (tmp_path / "good.tar").write_bytes(whole)
+    rgb = Image.new("RGB", (30, 30), "green")
+    with wds.TarWriter(str(tmp_path / "odd.tar"), encoder=True) as writer:
+        writer.write({"__key__": "cmyk", "jpg": jpeg(rgb.convert("CMYK")), "cls": 0})
+        writer.write({"__key__": "deep", "png": png(Image.fromarray(np.full((30, 30), 40000, np.uint16))), "cls": 0})
+        writer.write({"__key__": "text", "jpg": b"this is no image", "cls": 0})
+        writer.write({"__key__": "cmyk2", "jpg": jpeg(rgb), "cls": 0})
+        writer.write({"__key__": "high", "jpg": jpeg(rgb), "cls": 99})
+        writer.write({"__key__": "cmyk", "jpg": jpeg(rgb), "cls": 0})
+    out = tmp_path / "out"
+    done = search(data, out, shards=tmp_path / "{cut,zero,empty,good,odd,absent}.tar")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    for name in ("cut.tar: truncated", "zero.tar", "absent.tar: No such file"):
+        assert f"error: {tmp_path}/{name}" in done.stderr
+    for name in ("good.tar", "empty.tar", "odd.tar"):
+        assert name not in done.stderr
+    found = {name.split("-")[0]: [row["key"] for row in table] for name, table in tables(out).items()}
+    assert found.pop("cut")  # the rows before the cut
+    assert found == {"empty": [], "good": [f"0-{n}" for n in range(12)], "odd": ["cmyk", "deep", "cmyk2"]}
+    rejects = {row["key"]: row["reason"] for row in rankings.open(str(out)).rejects().to_pylist()}
+    assert set(rejects) == {"text", "high", "cmyk"}
+    assert "duplicate" in rejects["cmyk"]
+
+    (tmp_path / "cut.tar").write_bytes(whole)  # put right: the same command takes it up, and it alone
+    again = search(data, out, shards=tmp_path / "{cut,empty,good,odd}.tar")
+    assert again.returncode == 0, again.stderr
+    assert "3 of 4 were finished before" in again.stdout
+    assert len(next(table for name, table in tables(out).items() if name.startswith("cut"))) == 12
+
+
+def jpeg(image):
+    from io import BytesIO
+
+    image.save(buffer := BytesIO(), "jpeg")
+    return buffer.getvalue()
+
+
+def png(image):
+    from io import BytesIO
+
+    image.save(buffer := BytesIO(), "png")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--block", "2"], "search.block"),
+        (["--model", "ViT-B-99"], "--model ViT-B-99"),
+        (["--class-embeddings", "wrong.npz"], "but the model's embeddings have width 24"),
+        (["--shards", "nothing-*.tar"], "nothing-"),
+        (["--rescore", "some"], "--rescore some"),
+        (["--keep-rates", "2"], "--keep-rates 2.0"),
+        (["--dtype", "int8"], "--dtype int8"),
+        (["--address", "127.0.0.1:1"], "--address 127.0.0.1:1"),
+    ],
+)
+def test_bad_input_is_one_line_and_changes_nothing(data, undisturbed, tmp_path, flags, words):
+    np.savez(tmp_path / "wrong.npz", table=np.ones((3, 8)))
+    before = {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()}
+    done = subprocess.run(command(data, undisturbed, *flags), capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0]
+    assert {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()} == before
+
+
+def test_a_full_disk_stops_the_search_with_one_line_and_no_half_written_file(data, tmp_path):
+    out = tmp_path / "out"
+    limited = ["bash", "-c", 'ulimit -f 4; exec "$@"', "search"]  # 4 KiB a file: search.json fits, a table does not
+    done = subprocess.run([*limited, *command(data, out, "--actors", "1")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "cannot be written" in done.stderr and "Traceback" not in done.stderr
+    assert not list(out.rglob("*.parquet")) and not list(out.rglob(".*"))
