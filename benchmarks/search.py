@@ -63,18 +63,18 @@ def main() -> int:
     parser.add_argument("--model", default="ViT-B-16", help="open_clip name (%(default)s)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (%(default)s)")
     parser.add_argument("--images", type=int, default=2, help="images a search batch (%(default)s)")
-    parser.add_argument("--chunk", type=int, default=0, help="candidates a forward pass (as jobs/search.py chooses)")
+    parser.add_argument("--chunk", type=int, help="candidates a forward pass (as jobs/search.py chooses)")
     parser.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = resolve_dtype(args.dtype, device == "cuda")
-    chunk = args.chunk or (512 if device == "cuda" else 16)
 
     model = open_clip.create_model(args.model).eval().requires_grad_(False)
     tower = Tower(model.visual, dtype=dtype, device=device)
     visual = model.visual.to(device, dtype)
     images = torch.randn(args.images, 3, *visual.image_size)
-    searcher = Searcher(tower, SearchConfig(steps=1), chunk=chunk)
+    searcher = Searcher(tower, SearchConfig(steps=1), chunk=args.chunk)
+    chunk = searcher.chunk
     tokens = tower.prefix(images)  # (B, 1 + N, D)
     n = tower.num_tokens
     sequences = torch.randn(chunk, n, tower.width, device=device, dtype=dtype)  # n - 1 patches and the class token

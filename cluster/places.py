@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,6 +22,9 @@ class Places:
     cpus: int
     gpus: float
 
+    def __str__(self) -> str:
+        return f"{self.cpus} CPUs and {self.gpus:g} GPUs"
+
     @property
     def gpu(self) -> bool:
         """Whether actors work on GPUs."""
@@ -31,46 +35,59 @@ class Places:
 def connected(
     address: str | None, actors: int | None, cpus: int | None, gpus: float | None, shards: int
 ) -> Iterator[Places]:
-    """Connect to Ray: the address given, else the cluster that this machine is part of, else a local Ray of our own.
+    """Connect to Ray: a local Ray of our own, or the cluster at an address.
 
     Args:
-        address: as `ray.init` takes it; "local" is a Ray of our own in any case.
+        address: "auto", HOST:PORT or ray://HOST:PORT; where None that in RAY_ADDRESS, which `ray job submit` sets.
+            Without either, or with "local", a Ray is started here, and ends with us.
         actors: how many are wanted; as many as there is room for where None.
         cpus: cores of an actor; where None 1 beside a GPU, else the cores are shared out among the shards.
         gpus: GPUs of an actor; where None 1 if the cluster has any.
         shards: of the whole job.
 
     Raises:
-        UserError: no Ray at the address.
+        UserError: no Ray at the address, or no node on which such an actor could run.
     """
-    _connect(address, (actors or 1) * (cpus or 1))
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    _connect(address, (actors or 1) * (cpus or 1) if actors or cpus else None)
     try:
-        yield _places(actors, cpus, gpus, shards)
+        places, room = _places(actors, cpus, gpus, shards)
+        if not room and address == "local":
+            raise UserError(f"no room on this machine for an actor of {places}")
+        if not room:
+            print(f"warning: no node has room for an actor of {places}; waiting until one joins", file=sys.stderr)
+        yield places
     finally:
         ray.shutdown()
 
 
-def _connect(address: str | None, cores_wanted: int) -> None:
+def _connect(address: str, cores_wanted: int | None) -> None:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address != "local":
-        try:
-            ray.init(address=address or "auto", **quiet)
-            return
-        except ConnectionError as error:
-            if address:
-                raise UserError(f"--address {address}: no Ray there ({one_line(error)})") from None
-    cores = max(os.cpu_count() or 1, cores_wanted)
-    ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+    if address == "local":
+        # Ray counts the cores that this process may use; a wish for more actors than cores is granted.
+        cores = None if cores_wanted is None else max(os.cpu_count() or 1, cores_wanted)
+        ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+        return
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError, SystemExit) as error:  # Ray exits where a cluster has died
+        reason = one_line(error) if isinstance(error, Exception) else "it does not answer"
+        raise UserError(f"--address {address}: no Ray to join there ({reason})") from None
 
 
-def _places(actors: int | None, cpus: int | None, gpus: float | None, shards: int) -> Places:
-    resources = ray.cluster_resources()
+def _places(actors: int | None, cpus: int | None, gpus: float | None, shards: int) -> tuple[Places, bool]:
+    """What the cluster has room for now, and whether there is any node for such an actor at all."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cores = int(sum(node.get("CPU", 0) for node in nodes))
+    devices = sum(node.get("GPU", 0) for node in nodes)
     if gpus is None:
-        gpus = 1.0 if resources.get("GPU") else 0.0
+        gpus = 1.0 if devices else 0.0
     if gpus:
-        return Places(actors or max(1, int(resources.get("GPU", 0) / gpus)), cpus or 1, gpus)
-    cores = int(resources.get("CPU", 1))
-    largest = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=1)
-    if cpus is None:  # few shards get more cores each; a run that goes on has as many shards, and so as many threads
-        cpus = max(1, min(largest, cores // shards))
-    return Places(actors or max(1, cores // cpus), cpus, gpus)
+        places = Places(actors or max(1, int(devices / gpus)), cpus or 1, gpus)
+    else:
+        if cpus is None:  # few shards get more cores each, the same in a run that goes on: it has as many shards
+            largest = max((int(node.get("CPU", 0)) for node in nodes), default=1)
+            cpus = max(1, min(largest, cores // max(shards, actors or 1)))
+        places = Places(actors or max(1, cores // cpus), cpus, gpus)
+    room = any(node.get("CPU", 0) >= places.cpus and node.get("GPU", 0) >= places.gpus for node in nodes)
+    return places, room

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from tqdm import tqdm
 
 from patchrank.errors import UserError
 from patchrank.storage import one_line
 
 POLL_SECONDS = 1.0
-ATTEMPTS = 3  # how often an item may cost its actor's life before it is set aside
+ATTEMPTS = 3  # how often an item may cost its actor's life before it is set aside, and how often an actor may not start
 
 
 @dataclass(frozen=True)
@@ -28,42 +30,41 @@ class Failed:
 class Pool:
     """Hands items to the actors that are up, one at a time, and takes in actors as the cluster finds room for them.
 
-    Ray restarts an actor that dies and repeats the call it was in. The class of the actors has methods `ready()` and
-    `progress()`, the latter in the concurrency group "progress", so that it answers while the actor works.
+    Ray restarts an actor that dies, where and when there is room; its item goes to whichever actor is free first (Ray's
+    own retry would wait for the restarted one, for ever if its node is gone). The class of the actors has methods
+    `ready(shared)` and `progress()`, the latter in the concurrency group "progress", so that it answers while the actor
+    works. A restarted actor knows nothing of earlier calls, so every call brings along what it needs.
 
     Args:
         actor_class: of the actors, as a plain class.
-        arguments: of its constructor. Large objects go in as references inside a list, and are kept alive from here.
-        cpus, gpus: what an actor takes.
+        shared: first argument of every call but `progress`, and small: large objects are in it as references.
         size: how many actors to ask for; those that find no room wait, and the others work on without them.
+        cpus, gpus: what an actor takes.
         fatal: exceptions of the actors' methods that end `run`; others fail the item alone.
     """
 
     def __init__(
         self,
         actor_class: type,
-        arguments: Sequence[Any],
+        shared: Any,
         size: int,
         cpus: int,
         gpus: float,
         fatal: tuple[type[Exception], ...] = (),
     ) -> None:
-        remote = ray.remote(
-            num_cpus=cpus,
-            num_gpus=gpus,
-            max_restarts=-1,
-            max_task_retries=ATTEMPTS - 1,
-            concurrency_groups={"progress": 1},
-        )(actor_class)
-        self._arguments = arguments  # Ray needs them again when it restarts an actor
+        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, concurrency_groups={"progress": 1})(
+            actor_class
+        )
+        self._shared = shared
         self._fatal = fatal
-        self._starting: dict[Any, Any] = {}  # ready() -> actor
+        self._starting: dict[Any, Any] = {}  # ready call -> actor
         self._idle: list[Any] = []
         self._busy: dict[Any, tuple[Any, str]] = {}  # call -> actor, item
         self._asked: dict[Any, Any] = {}  # actor -> its progress() under way
         self._progress: dict[str, Any] = {}  # item in work -> what its actor last said
-        for actor in [remote.remote(*arguments) for _ in range(size)]:
-            self._starting[actor.ready.remote()] = actor
+        self._failed_starts: Counter[Any] = Counter()  # by actor
+        for actor in [remote.remote() for _ in range(size)]:
+            self._start(actor)
 
     @property
     def actors_up(self) -> int:
@@ -77,28 +78,29 @@ class Pool:
     def run(
         self, method: str, items: Sequence[str], *arguments: Any, tick: Callable[[], None] = lambda: None
     ) -> Iterator[tuple[str, Any]]:
-        """Call `actor.method(item, *arguments)` for every item, in any order.
+        """Call `actor.method(shared, item, *arguments)` for every item, in any order.
 
         Args:
             method: the actors' method.
-            items: its first arguments.
-            arguments: the others; object references are resolved by Ray.
+            items: what to work through.
+            arguments: the same for every item; Ray resolves object references among them.
             tick: called about every `POLL_SECONDS`.
 
         Yields:
-            (item, result) as calls end; the result is a `Failed` where the method raised, or where the item cost the
-            actor its life each time that Ray tried it.
+            (item, result) as calls end; the result is a `Failed` where the method raised, or where the item cost
+            `ATTEMPTS` actors their lives.
 
         Raises:
-            UserError: an actor cannot be started.
+            UserError: no actor can be started.
             Exception: one of `fatal`, from a method.
         """
         waiting = deque(items)
+        deaths: Counter[str] = Counter()
         next_tick = time.monotonic() + POLL_SECONDS
         while waiting or self._busy:
             while waiting and self._idle:
                 actor, item = self._idle.pop(), waiting.popleft()
-                self._busy[getattr(actor, method).remote(item, *arguments)] = (actor, item)
+                self._busy[getattr(actor, method).remote(self._shared, item, *arguments)] = (actor, item)
             calls = [*self._starting, *self._busy]
             done, _ = ray.wait(calls, timeout=max(0.0, next_tick - time.monotonic()))
             if time.monotonic() >= next_tick:
@@ -107,34 +109,47 @@ class Pool:
                 next_tick = time.monotonic() + POLL_SECONDS
             for call in done:
                 if call in self._starting:
-                    actor = self._starting.pop(call)
-                    try:
-                        ray.get(call)
-                    except RayError as error:
-                        last = str(error).strip().splitlines()[-1]  # the lines before it are the actor's stack trace
-                        raise UserError(f"an actor could not be started: {last}") from None
+                    self._started(call, self._starting.pop(call))
+                    continue
+                actor, item = self._busy.pop(call)
+                self._progress.pop(item, None)
+                self._asked.pop(actor, None)
+                try:
+                    result = ray.get(call)
                     self._idle.append(actor)
-                else:
-                    actor, item = self._busy.pop(call)
-                    self._progress.pop(item, None)
-                    self._asked.pop(actor, None)
-                    yield item, self._result(call, actor)
+                except RayTaskError as error:
+                    if isinstance(error.cause, self._fatal):
+                        raise error.cause from None
+                    ray.kill(actor, no_restart=False)  # after a CUDA error nothing works in a process: take a new one
+                    self._start(actor)
+                    result = Failed(f"{type(error.cause).__name__}: {one_line(error.cause)}")
+                except RayError as error:
+                    self._start(actor)
+                    deaths[item] += 1
+                    if deaths[item] < ATTEMPTS:
+                        waiting.append(item)  # last: if it is the item's fault, the others are done first
+                        continue
+                    result = Failed(f"its worker died {ATTEMPTS} times: {_last_line(error)}")
+                yield item, result
 
-    def _result(self, call: Any, actor: Any) -> Any:
+    def _start(self, actor: Any) -> None:
+        # Ray repeats this call, which is harmless, on the actor that it starts in place of one that died.
+        self._starting[actor.ready.options(max_task_retries=ATTEMPTS).remote(self._shared)] = actor
+
+    def _started(self, call: Any, actor: Any) -> None:
         try:
-            result = ray.get(call)
-        except RayTaskError as error:
-            if isinstance(error.cause, self._fatal):
-                raise error.cause from None
-            ray.kill(actor, no_restart=False)  # after a CUDA error nothing works in a process: go on in a new one
-            result = Failed(f"{type(error.cause).__name__}: {one_line(error.cause)}")
-        except RayError:
-            result = Failed(f"its worker died {ATTEMPTS} times")
+            ray.get(call)
+        except RayError as error:
+            self._failed_starts[actor] += 1
+            if self._failed_starts[actor] < ATTEMPTS:  # the process before it may still hold the GPU's memory
+                ray.kill(actor, no_restart=False)
+                self._start(actor)
+            elif self._starting or self._idle or self._busy:
+                tqdm.write(f"warning: an actor could not be started: {_last_line(error)}", file=sys.stderr)
+            else:
+                raise UserError(f"no actor could be started: {_last_line(error)}") from None
         else:
             self._idle.append(actor)
-            return result
-        self._starting[actor.ready.remote()] = actor
-        return result
 
     def _poll(self) -> None:
         """Collect the answers that have come and ask again; an actor that does not answer is not waited for."""
@@ -146,5 +161,10 @@ class Pool:
                 try:
                     self._progress[item] = ray.get(call)
                 except RayError:
-                    self._progress.pop(item, None)  # the actor was restarted and begins the item anew
+                    self._progress.pop(item, None)  # the actor has died: whoever takes the item begins it anew
                 self._asked[actor] = actor.progress.remote()
+
+
+def _last_line(error: RayError) -> str:
+    """What went wrong, without the stack trace of another process."""
+    return str(error).strip().splitlines()[-1].strip()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ import ray
 import torch
 import torch.nn.functional as F
 
-from cluster.actor import OutputError, Plan, RankingActor, ShardReport
+from cluster.actor import OutputError, Plan, RankingActor, ShardReport, Shared
 from cluster.places import connected
 from cluster.pool import Failed, Pool
 from cluster.progress import Meter
@@ -73,6 +74,14 @@ class SearchSummary:
         sums = zip(*(report.progress.cosine for report in self.reports.values()), strict=True)
         return [sum(column) / images for column in sums]
 
+    def memory(self) -> tuple[int, int]:
+        """Peak memory, in bytes, of the actor that ranked most shards: after its first and after its last."""
+        by_process: dict[str, list[int]] = {}
+        for report in self.reports.values():
+            by_process.setdefault(report.process, []).append(report.memory)
+        longest = max(by_process.values(), key=len)
+        return longest[0], longest[-1]
+
 
 def search(job: SearchJob) -> SearchSummary:
     """Rank every image of the shards that have no table yet.
@@ -87,10 +96,11 @@ def search(job: SearchJob) -> SearchSummary:
     prototypes = shards.expand(job.prototypes) if job.prototypes else []
     names = classes.read_names(job.class_names) if job.class_names else None
     model = models.load(job.model, job.pretrained)
-    identity, known = _class_source(job, model, names, prototypes)
-    names = known.names if known else names if identity else None
     folder = storage.absolute(job.out)
-    with connected(job.address, job.actors, job.cpus_per_actor, job.gpus_per_actor, len(uris)) as places:
+    identity, known = _class_source(job, model, folder, names, prototypes)
+    names = known.names if known else names if identity else None
+    flags = (job.address, job.actors, job.cpus_per_actor, job.gpus_per_actor)
+    with connected(*flags, shards=len(uris)) as places, _usable(folder):
         tower = Tower(model.visual, job.cut, models.resolve_dtype(job.dtype, places.gpu), name=job.model)
         anything = torch.zeros(1, tower.embed_dim) if identity else None
         # Refuses what does not fit, before anything is written.
@@ -102,17 +112,14 @@ def search(job: SearchJob) -> SearchSummary:
         if not todo:
             return summary
         start = time.monotonic()
-        shared = [ray.put(tower), ray.put(model.preprocess())]
+        shared = Shared(ray.put(tower), ray.put(model.preprocess()), places)
         size = min(places.actors, max(len(todo), len(prototypes)))
-        pool = Pool(RankingActor, (shared, places), size, places.cpus, places.gpus, fatal=(OutputError,))
+        pool = Pool(RankingActor, shared, size, places.cpus, places.gpus, fatal=(OutputError,))
         images_per_batch = job.images_per_batch or (64 if places.gpu else 16)
         if identity and known is None:
-            known = _prototypes(pool, folder, prototypes, identity, names, images_per_batch)
+            known = _prototypes(pool, prototypes, identity, names, images_per_batch)
         if known:
-            try:
-                classes.save(storage.join(folder, CLASSES_FILE), known)
-            except OSError as error:
-                raise UserError(f"{folder}: cannot be written: {storage.one_line(error)}") from None
+            classes.save(storage.join(folder, CLASSES_FILE), known)
         plan = Plan(
             folder=folder,
             fingerprint=fingerprint,
@@ -121,7 +128,7 @@ def search(job: SearchJob) -> SearchSummary:
             classes=known.embeddings if known else None,
             logit_scale=model.logit_scale,
             images_per_batch=images_per_batch,
-            candidates_per_batch=job.candidates_per_batch or (512 if places.gpu else 16),
+            candidates_per_batch=job.candidates_per_batch,
             limit=job.limit,
         )
         _rank(pool, plan, todo, summary)
@@ -148,36 +155,45 @@ def _rank(pool: Pool, plan: Plan, todo: list[str], summary: SearchSummary) -> No
                 meter.add(report.progress)
                 show()
         except OutputError as error:
-            raise UserError(f"{error}; finished shards are kept: make room and run the same command again") from None
+            raise UserError(f"{error}; finished shards are kept: mend this and run the same command again") from None
+
+
+@contextlib.contextmanager
+def _usable(folder: str) -> Iterator[None]:
+    """Errors of the disk or the bucket become one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder}: {storage.one_line(error)}; finished shards are kept") from None
 
 
 def _class_source(
-    job: SearchJob, model: Model, names: list[str] | None, prototypes: list[str]
+    job: SearchJob, model: Model, folder: str, names: list[str] | None, prototypes: list[str]
 ) -> tuple[str | None, Classes | None]:
-    """The identity of the class embeddings, and these unless they are prototypes, which actors make later."""
+    """The identity of the class embeddings, and these unless they are prototypes, which actors have yet to make.
+
+    Those that an earlier run kept in the folder come first: rounding depends on the machine, so a search that goes on
+    elsewhere must not make its own.
+    """
     if job.class_embeddings and prototypes:
         raise UserError("--class-embeddings and --prototypes exclude each other: choose one")
-    if prototypes:
-        digest = hashlib.sha256("\n".join([model.weights, *prototypes]).encode()).hexdigest()[:16]
-        return f"prototypes {digest}", None
-    known = None
     if job.class_embeddings:
-        known = classes.from_file(job.class_embeddings, model.visual.output_dim, names)
-    elif names:
-        known = classes.from_text(model, names, classes.templates(job.templates))
-    return (known.identity, known) if known else (None, None)
+        found = classes.from_file(job.class_embeddings, model.visual.output_dim, names)
+        return found.identity, found
+    kept = storage.join(folder, CLASSES_FILE)
+    if prototypes:
+        made_from = [model.weights, str(names and len(names)), *prototypes]
+        identity = f"prototypes {hashlib.sha256(chr(10).join(made_from).encode()).hexdigest()[:16]}"
+        return identity, classes.load(kept, identity, names)
+    if names:
+        prompts = classes.templates(job.templates)
+        identity = classes.text_identity(model, names, prompts)
+        return identity, classes.load(kept, identity, names) or classes.from_text(model, names, prompts)
+    return None, None
 
 
-def _prototypes(
-    pool: Pool, folder: str, uris: list[str], identity: str, names: list[str] | None, images_per_batch: int
-) -> Classes:
-    """The prototypes that an earlier run of the same search kept in the folder, or else new ones.
-
-    Rounding depends on the device, so a search that goes on elsewhere must not make its own.
-    """
-    found = classes.load(storage.join(folder, CLASSES_FILE), identity, names)
-    if found is not None:
-        return found
+def _prototypes(pool: Pool, uris: list[str], identity: str, names: list[str] | None, images_per_batch: int) -> Classes:
+    """Have the prototypes made."""
     by_shard = {}
     with contextlib.closing(Meter("prototypes", len(uris))) as meter:
 
@@ -191,6 +207,11 @@ def _prototypes(
             meter.add(result[2])
             show()
     parts = [by_shard[uri] for uri in uris]  # in this order, not that of the actors: addition rounds
+    left_out = sum(progress.rejects for _, _, progress in parts)
+    if left_out:
+        print(
+            f"warning: {left_out} samples of --prototypes have no readable image and label of a class", file=sys.stderr
+        )
     size = max(len(counts) for _, counts, _ in parts)
     sums = torch.stack([F.pad(sums, (0, 0, 0, size - len(sums))) for sums, _, _ in parts]).sum(dim=0)  # (K, E)
     counts = torch.stack([F.pad(counts, (0, size - len(counts))) for _, counts, _ in parts]).sum(dim=0)  # (K,)

@@ -1,7 +1,7 @@
 """Draw the README's picture from the rankings of the embedded test images.
 
-    python jobs/search.py --shards patchrank/assets/shards/test-000000.tar.gz --out rankings-picture
-    python docs/picture.py rankings-picture docs/rankings.png
+    python jobs/search.py --model embedded --shards patchrank/assets/shards/test-000000.tar.gz --out test-rankings
+    python docs/picture.py test-rankings docs/rankings.png
 
 A column an image: the image; its golden ranking, from dark (of no use) to bright (most useful); what is left of it at
 keep rates 0.6 and 0.4.

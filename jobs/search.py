@@ -2,7 +2,7 @@
 
     python jobs/search.py                                     the embedded model on the embedded shards
     python jobs/search.py --model ViT-B-16 --pretrained openai --shards 'data/train-{000000..001280}.tar' --out rankings
-    ray submit ray_cluster.yaml jobs/search.py -- --shards s3://bucket/train --out s3://bucket/rankings ...
+    ray job submit --working-dir . -- python jobs/search.py --shards s3://bucket/train --out s3://bucket/rankings ...
 
 Stopped at any time, the same command goes on where it was. Every shard becomes one Parquet file in the output folder.
 """
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     add("--limit", type=int, metavar="N", help="rank only the first N samples of each shard")
 
     add = result.add_argument_group("model").add_argument
-    add("--model", metavar="NAME", help="open_clip name, hf-hub:ORG/REPO or local-dir:FOLDER (the embedded model)")
+    add("--model", metavar="NAME", help="open_clip name, hf-hub:ORG/REPO, local-dir:FOLDER or embedded")
     add("--pretrained", metavar="TAG", help="open_clip tag or weights file, which may hold the image tower alone")
     add("--cut", type=int, metavar="L", help="tokens leave before this block, counted from 0 (a quarter of the depth)")
     add("--dtype", default=SearchJob.dtype, help="auto, float32, bfloat16 or float16 (%(default)s)")
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     add("--keep-rates", type=float, nargs="*", default=list(SearchJob.keep_rates), help="to predict at (%(default)s)")
 
     add = result.add_argument_group("machines").add_argument
-    add("--address", help="Ray cluster to join: auto, HOST:PORT, or local for a Ray of one's own")
+    add("--address", help="Ray cluster to join: auto or HOST:PORT (RAY_ADDRESS, else a local Ray)")
     add("--actors", type=int, help="actors to start (one a GPU, or as many as the cores allow)")
     add("--cpus-per-actor", type=int, help="cores of an actor")
     add("--gpus-per-actor", type=float, help="GPUs of an actor, 0 for none")
@@ -66,10 +66,15 @@ def parser() -> argparse.ArgumentParser:
 def job(argv: Sequence[str] | None) -> SearchJob:
     """The job that the flags describe. Raises UserError for flags that do not go together."""
     args = parser().parse_args(argv)
+    embedded = args.model == "embedded"
+    if args.shards and not args.model:
+        raise UserError("--shards needs --model: an open_clip name, or embedded for the model in this project")
     if args.model and not args.shards:
         raise UserError("--model needs --shards: which images should it rank?")
-    if args.pretrained and not args.model:
-        raise UserError("--pretrained needs --model")
+    if args.pretrained and (embedded or not args.model):
+        raise UserError("--pretrained needs --model, an open_clip name")
+    if args.gpus_per_actor is not None and args.gpus_per_actor < 0:
+        raise UserError(f"--gpus-per-actor {args.gpus_per_actor}: must be at least 0")
     for name in ("limit", "actors", "cpus_per_actor", "images_per_batch", "candidates_per_batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
@@ -77,11 +82,11 @@ def job(argv: Sequence[str] | None) -> SearchJob:
         rescore = None if args.rescore == "all" else int(args.rescore)
     except ValueError:
         raise UserError(f"--rescore {args.rescore}: must be a number or 'all'") from None
-    own_classes = args.classes or args.class_embeddings or args.prototypes or args.model
+    own_classes = args.classes or args.class_embeddings or args.prototypes or (args.model and not embedded)
     return SearchJob(
         shards=args.shards or assets.TRAIN_SHARDS,
         out=args.out,
-        model=args.model or assets.MODEL,
+        model=assets.MODEL if embedded or not args.model else args.model,
         pretrained=args.pretrained,
         cut=args.cut,
         dtype=args.dtype,
@@ -113,10 +118,9 @@ def show(summary: SearchSummary, keep_rates: Sequence[float]) -> None:
     if images:
         cosines = zip(keep_rates, summary.mean_cosine(), strict=True)
         print("cosine        " + ", ".join(f"{mean:.4f} at keep {keep}" for keep, mean in cosines))
-        reports = list(summary.reports.values())
-        memory = ", ".join(f"{report.memory / 1e9:.2f}" for report in [reports[0], reports[-1]])
-        print(f"memory        peak of an actor after the first and after the last shard: {memory} GB")
-        print(f"disk          {sum(report.bytes for report in reports) / images:.0f} bytes an image")
+        first, last = (f"{size / 1e9:.2f} GB" for size in summary.memory())
+        print(f"memory        peak of an actor: {first} after its first shard, {last} after its last")
+        print(f"disk          {sum(report.bytes for report in summary.reports.values()) / images:.0f} bytes an image")
     print(f"rankings      {summary.folder}")
     for shard, reason in sorted(summary.failures.items()):
         print(f"error: {shard}: {reason}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -82,8 +83,8 @@ def templates(values: Sequence[str]) -> list[Template]:
     return result
 
 
-def from_text(model: Model, names: Sequence[str], prompts: Sequence[Template]) -> Classes:
-    """Class embeddings of the text tower: of each class, the normalised mean over the templates.
+def text_identity(model: Model, names: Sequence[str], prompts: Sequence[Template]) -> str:
+    """The identity of what `from_text` makes of the same arguments, without the work.
 
     Raises:
         UserError: the model was loaded without its text tower.
@@ -96,9 +97,20 @@ def from_text(model: Model, names: Sequence[str], prompts: Sequence[Template]) -
     prompted = [
         prompt.format(name) if isinstance(prompt, str) else prompt(name) for name in names for prompt in prompts
     ]
-    weights = open_clip.build_zero_shot_classifier(model.clip, model.tokenizer(), list(names), list(prompts))  # (E, K)
-    identity = _digest(model.weights, json.dumps(prompted))
-    return Classes(weights.T.float().contiguous(), f"text {identity}", list(names))
+    return f"text {_digest(model.text_weights, json.dumps(prompted))}"
+
+
+def from_text(model: Model, names: Sequence[str], prompts: Sequence[Template]) -> Classes:
+    """Class embeddings of the text tower: of each class, the normalised mean over the templates.
+
+    Raises:
+        UserError: the model was loaded without its text tower.
+    """
+    identity = text_identity(model, names, prompts)
+    weights = open_clip.build_zero_shot_classifier(
+        model.clip, model.tokenizer(), list(names), list(prompts), use_tqdm=sys.stderr.isatty() and len(names) > 10
+    )  # (E, K)
+    return Classes(weights.T.float().contiguous(), identity, list(names))
 
 
 def from_file(spec: str, embed_dim: int, names: Sequence[str] | None = None) -> Classes:

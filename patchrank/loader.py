@@ -99,6 +99,8 @@ def _loaded(
                 sample, future = waiting.popleft()
                 try:
                     pixels = future.result()
+                except MemoryError:  # the machine's trouble, not the image's
+                    raise
                 except Exception as error:  # whatever an image does to its decoder, it must not cost the others
                     reject(Reject(sample.key, one_line(error)))
                 else:

@@ -32,6 +32,7 @@ class Model:
         clip: the open_clip model in float32 on the CPU, in eval mode; without `has_text` its text tower is untrained.
         has_text: whether the text tower's weights were loaded.
         weights: digest of the image tower's weights and structure, 16 hex digits, which tells models apart.
+        text_weights: the same of everything else, the text tower among it.
         logit_scale: the factor on cosines before the softmax over classes.
     """
 
@@ -39,6 +40,7 @@ class Model:
     clip: Any  # open_clip has no types
     has_text: bool
     weights: str
+    text_weights: str
     logit_scale: float
 
     @property
@@ -68,6 +70,7 @@ def load(name: str, pretrained: str | None = None) -> Model:
         UserError: unknown model or tag, a file that does not fit, or an image tower of another kind.
     """
     schema, _ = parse_model_name(name)
+    quick_gelu = False
     if schema is None:
         config = open_clip.get_model_config(name.replace("/", "-"))
         if config is None:
@@ -76,11 +79,15 @@ def load(name: str, pretrained: str | None = None) -> Model:
             tags = open_clip.list_pretrained_tags_by_model(name)
             known = f" ({', '.join(tags)})" if tags else ""
             raise UserError(f"--model {name} needs --pretrained: a weights file or one of open_clip's tags{known}")
+        quick_gelu = _needs_quick_gelu(name, pretrained, bool(config.get("quick_gelu")))
     with _quiet():
         image_tower = _image_tower_weights(pretrained) if schema is None and os.path.isfile(str(pretrained)) else None
         try:
             clip = open_clip.create_model(
-                name, pretrained=None if image_tower else pretrained, require_pretrained=image_tower is None
+                name,
+                pretrained=None if image_tower else pretrained,
+                require_pretrained=image_tower is None,
+                force_quick_gelu=quick_gelu,
             )
         except Exception as error:  # open_clip raises what its libraries raise: network, file and shape errors alike
             raise UserError(f"--model {name} --pretrained {pretrained}: {_short(error)}") from None
@@ -92,7 +99,23 @@ def load(name: str, pretrained: str | None = None) -> Model:
             raise UserError(f"--pretrained {pretrained}: not the image tower of {name}: {_short(error)}") from None
     clip.eval().requires_grad_(False)
     scale = IMAGE_TOWER_LOGIT_SCALE if image_tower else clip.logit_scale.exp().item()
-    return Model(name, clip, image_tower is None, _fingerprint(clip.visual), scale)
+    # The same weights with another activation, norm or number of heads make another model.
+    weights = _digest(clip.visual.state_dict(), f"{clip.visual} {clip.visual.transformer.resblocks[0].attn.num_heads}")
+    text = {key: value for key, value in clip.state_dict().items() if not key.startswith("visual.")}
+    return Model(name, clip, image_tower is None, weights, _digest(text), scale)
+
+
+def _needs_quick_gelu(name: str, pretrained: str, config: bool) -> bool:
+    """Whether the weights of a tag were trained with QuickGELU; open_clip itself only warns where the name says other.
+
+    Raises:
+        UserError: the name says QuickGELU, and the weights were trained without.
+    """
+    tag = open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained)
+    trained = bool(tag.get("quick_gelu")) if tag else config
+    if config and not trained:
+        raise UserError(f"--model {name}: {pretrained} was trained without QuickGELU; take the name without -quickgelu")
+    return trained
 
 
 def _image_tower_weights(path: str | None) -> dict[str, Tensor] | None:
@@ -107,10 +130,9 @@ def _image_tower_weights(path: str | None) -> dict[str, Tensor] | None:
     return None if text_tower else state
 
 
-def _fingerprint(visual: VisionTransformer) -> str:
-    # the same weights with another activation, norm or number of heads make another model
-    digest = hashlib.sha256(f"{visual} {visual.transformer.resblocks[0].attn.num_heads}".encode())
-    for key, value in sorted(visual.state_dict().items()):
+def _digest(weights: dict[str, Tensor], structure: str = "") -> str:
+    digest = hashlib.sha256(structure.encode())
+    for key, value in sorted(weights.items()):
         digest.update(key.encode())
         digest.update(value.detach().float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -17,6 +17,8 @@ from patchrank.search import Searcher, SearchResult
 from patchrank.shards import Reject, Sample, ShardError
 from patchrank.vit import Tower
 
+MAX_CLASSES = 100_000  # of prototypes without class names: one wrong label could else ask for all memory
+
 
 @dataclass
 class Progress:
@@ -146,7 +148,9 @@ def checked(
         if isinstance(sample, Sample):
             if sample.label is None:
                 reason = "has no label, which is needed here" if label_needed else None
-            elif num_classes is not None and not 0 <= sample.label < num_classes:
+            elif sample.label < 0:
+                reason = f"label {sample.label} is negative"
+            elif num_classes is not None and sample.label >= num_classes:
                 reason = f"label {sample.label} is not one of the {num_classes} classes, 0 to {num_classes - 1}"
         yield Reject(sample.key, reason) if reason else sample
 
@@ -162,8 +166,8 @@ def class_sums(
     """What prototypes are made of: the sums of the normalised embeddings of a shard's images, by class.
 
     Returns:
-        Sums (K, E) float64 and counts (K,) int64; K is `num_classes`, or the largest label + 1. Samples that cannot be
-        used are counted in `progress` and left out.
+        Sums (K, E) float64 and counts (K,) int64; K is `num_classes`, or the largest label + 1 where None. Samples that
+        cannot be used are counted in `progress` and left out.
 
     Raises:
         ShardError: the shard cannot be read.
@@ -174,7 +178,7 @@ def class_sums(
 
     sums = torch.zeros(num_classes or 0, tower.embed_dim, dtype=torch.float64)
     counts = torch.zeros(num_classes or 0, dtype=torch.int64)
-    samples = checked(shards.read(shard), num_classes, label_needed=True)
+    samples = checked(shards.read(shard), num_classes or MAX_CLASSES, label_needed=True)
     for images in batches(samples, preprocess, batch, reject):
         embeddings = F.normalize(tower(images.pixels), dim=-1).double().cpu()  # (B, E)
         labels = torch.tensor([label for label in images.labels if label is not None])  # (B,)

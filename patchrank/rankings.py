@@ -257,6 +257,12 @@ def _differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [f"{name}: {before} there, {after} now" for name, before, after in pairs if before != after]
 
 
+def holds(folder: str, fingerprint: str) -> bool:
+    """Whether the folder is that of the search with this fingerprint, as seen from this machine."""
+    found = read_search(folder)
+    return found is not None and found["fingerprint"] == fingerprint
+
+
 def finished(folder: str, shards: Sequence[str]) -> set[str]:
     """The shards that have their rankings file and no failure record: two listings, no file is opened."""
     done = set(parquet_files(folder))

@@ -14,7 +14,7 @@ the k tokens with the highest scores:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,8 @@ from torch import Tensor
 from patchrank.errors import UserError
 from patchrank.scores import SCORES, predict, score
 from patchrank.vit import Tower
+
+CACHE_BYTES = 4 << 20  # that the widest activation of a chunk may take on a CPU
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Searcher:
         classes: (K, E) normalised class embeddings, or None (then "preservation" alone can be searched for).
         logit_scale: the factor on cosines before the softmax over classes.
         keep_rates: at which the pruned image is predicted, each above 0 and at most 1.
-        chunk: candidates a forward pass; halved, for good, whenever the device runs out of memory.
+        chunk: candidates a forward pass, `default_chunk` where None; halved, for good, whenever memory runs out.
 
     Raises:
         UserError: a score that needs class embeddings without them, a block larger than the grid, or a bad keep rate.
@@ -110,7 +112,7 @@ class Searcher:
         classes: Tensor | None = None,
         logit_scale: float = 100.0,
         keep_rates: Sequence[float] = (),
-        chunk: int = 64,
+        chunk: int | None = None,
     ) -> None:
         if config.score != "preservation" and classes is None:
             raise UserError(
@@ -126,7 +128,7 @@ class Searcher:
         self.classes = None if classes is None else classes.to(tower.device)
         self.logit_scale = logit_scale
         self.keep_rates = tuple(keep_rates)
-        self.chunk = chunk
+        self.chunk = chunk or default_chunk(tower)
         self.cover = block_cover(tower.grid, config.block).to(tower.device)  # (P, N)
 
     @torch.inference_mode()
@@ -139,7 +141,7 @@ class Searcher:
         """
         tokens = self.tower.prefix(images)  # (B, 1 + N, D)
         everything = torch.arange(len(tokens), device=tokens.device)
-        full = self._embed(tokens, everything, None)  # (B, E)
+        full = self._embed(tokens, everything)  # (B, E)
         if labels is not None:
             labels = labels.to(tokens.device)
         ranking, scores, step, candidates = self._rank(tokens, full, labels)
@@ -204,25 +206,39 @@ class Searcher:
         stays = alive[image] & ~self.cover[block]  # (C, N)
         sizes = stays.sum(dim=1)  # (C,): blocks lose tokens unevenly, so sequences differ in length
         result = full.new_empty(len(image))  # (C,)
+
+        def score_them(embeddings: Tensor, images: Tensor) -> Tensor:
+            mine = None if labels is None else labels[images]
+            return score(self.config.score, embeddings, full[images], self.classes, self.logit_scale, mine)
+
         for size in sizes.unique().tolist():
             same = (sizes == size).nonzero()[:, 0]  # (c,)
             kept = stays[same].nonzero()[:, 1].view(len(same), size)  # (c, size), ascending token ids
-            embeddings = self._embed(tokens, image[same], kept)  # (c, E)
-            mine = None if labels is None else labels[image[same]]
-            result[same] = score(self.config.score, embeddings, full[image[same]], self.classes, self.logit_scale, mine)
+            result[same] = self._embed(tokens, image[same], kept, score_them)  # (c,)
         by_block = torch.zeros(useful.shape, dtype=torch.float64, device=result.device)  # (B, P)
         by_block[image, block] = result.double()
         covered = self.cover.double()
         mean = by_block @ covered / (useful.double() @ covered)  # (B, N); blocks off `useful` cover no wanted token
         return mean.to(result.dtype), len(image)
 
-    def _embed(self, tokens: Tensor, image: Tensor, kept: Tensor | None) -> Tensor:
-        """Embeddings of candidates, (C, E), in chunks that fit the memory; `kept` (C, n), or None for whole images."""
+    def _embed(
+        self,
+        tokens: Tensor,
+        image: Tensor,
+        kept: Tensor | None = None,
+        then: Callable[[Tensor, Tensor], Tensor] = lambda embeddings, image: embeddings,
+    ) -> Tensor:
+        """Embeddings of candidates, in chunks that fit the memory, or what `then` makes of a chunk's.
+
+        image: (C,), the row of `tokens` of each candidate; kept: (C, n), or None for whole images.
+        then: (c, E), (c,) -> (c, ...), for example scores; applied a chunk at a time, as class probabilities are large.
+        """
         parts, start = [], 0
         while start < len(image):
             rows = slice(start, start + self.chunk)
             try:
-                parts.append(self.tower.suffix(tokens, None if kept is None else kept[rows], image[rows]))
+                embeddings = self.tower.suffix(tokens, None if kept is None else kept[rows], image[rows])
+                parts.append(then(embeddings, image[rows]))
             except RuntimeError as error:
                 if not _out_of_memory(error) or self.chunk == 1:
                     raise
@@ -230,6 +246,15 @@ class Searcher:
                 continue
             start += self.chunk
         return torch.cat(parts)
+
+
+def default_chunk(tower: Tower) -> int:
+    """Candidates a forward pass: many on a GPU; on a CPU few enough that a block's activations stay in its cache."""
+    if tower.device.type != "cpu":
+        return 512
+    hidden = tower.visual.transformer.resblocks[0].mlp.c_fc.weight  # (hidden, D); its output is the widest activation
+    candidate = tower.num_tokens * hidden.shape[0] * hidden.element_size()  # bytes
+    return max(4, min(64, CACHE_BYTES // candidate))
 
 
 def block_cover(grid: tuple[int, int], block: int) -> Tensor:

@@ -90,6 +90,7 @@ def search(visual, image, config, cut, classes=None, logit_scale=100.0, label=No
         likely = None if classes is None else softmax(embedding, classes, logit_scale)
         pruned.append((cosine(embedding, full), likely))
     return {
+        "full": full,
         "ranking": ranking,
         "score": [scores[token] for token in everything],
         "step": [step[token] for token in everything],

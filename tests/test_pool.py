@@ -19,25 +19,20 @@ class Fatal(Exception):
 class Worker:
     """Does what the item says."""
 
-    def __init__(self, folder, broken=False):
-        if broken:
+    def ready(self, folder):
+        if not folder.exists():
             raise RuntimeError("no such device")
-        self.folder = folder
-        self.started = time.monotonic()
-
-    def ready(self):
-        pass
 
     @ray.method(concurrency_group="progress")
     def progress(self):
         return os.getpid()
 
-    def work(self, item, suffix):
-        with open(self.folder / item, "a") as file:
+    def work(self, folder, item, suffix):
+        with open(folder / item, "a") as file:
             file.write("x")
         if item.startswith("die"):
             os._exit(1)
-        if item == "once" and (self.folder / item).read_text() == "x":
+        if item == "once" and (folder / item).read_text() == "x":
             os._exit(1)
         if item == "bad":
             raise ValueError("two\nlines")
@@ -58,7 +53,7 @@ def cluster():
 
 
 def test_every_item_is_done_whatever_becomes_of_the_others(tmp_path):
-    pool = Pool(Worker, (tmp_path,), size=2, cpus=1, gpus=0)
+    pool = Pool(Worker, tmp_path, size=2, cpus=1, gpus=0)
     items = ["a", "die", "b", "once", "bad", "c", "d"]
     results = dict(pool.run("work", items, "!"))
     assert {item for item, result in results.items() if isinstance(result, str)} == {"a", "b", "once", "c", "d"}
@@ -70,26 +65,26 @@ def test_every_item_is_done_whatever_becomes_of_the_others(tmp_path):
 
 
 def test_a_fatal_error_ends_the_run(tmp_path):
-    pool = Pool(Worker, (tmp_path,), size=1, cpus=1, gpus=0, fatal=(Fatal,))
+    pool = Pool(Worker, tmp_path, size=1, cpus=1, gpus=0, fatal=(Fatal,))
     with pytest.raises(Fatal, match="stop"):
         list(pool.run("work", ["fatal", "a"], ""))
 
 
 def test_actors_without_room_are_not_waited_for(tmp_path):
-    pool = Pool(Worker, (tmp_path,), size=50, cpus=1, gpus=0)
+    pool = Pool(Worker, tmp_path, size=50, cpus=1, gpus=0)
     assert len(dict(pool.run("work", [f"item-{n}" for n in range(20)], ""))) == 20
     assert 1 <= pool.actors_up <= 3
 
 
 def test_progress_is_heard_while_an_actor_works(tmp_path):
-    pool = Pool(Worker, (tmp_path,), size=1, cpus=1, gpus=0)
+    pool = Pool(Worker, tmp_path, size=1, cpus=1, gpus=0)
     heard = []
     assert dict(pool.run("work", ["slow"], "", tick=lambda: heard.extend(pool.progress()))) == {"slow": "slow"}
     assert heard and all(isinstance(pid, int) for pid in heard)
     assert pool.progress() == []
 
 
-def test_an_actor_that_cannot_start_is_one_line(tmp_path):
-    pool = Pool(Worker, (tmp_path, True), size=1, cpus=1, gpus=0)
-    with pytest.raises(UserError, match=r"^an actor could not be started: .*no such device$"):
+def test_when_no_actor_can_start_one_line_says_why(tmp_path):
+    pool = Pool(Worker, tmp_path / "absent", size=2, cpus=1, gpus=0)
+    with pytest.raises(UserError, match=r"^no actor could be started: .*no such device$"):
         list(pool.run("work", ["a"], ""))

@@ -1,6 +1,6 @@
 """The search on real photos with the real OpenAI ViT-B/16: slow, and skipped where these are not at hand.
 
-    PATCHRANK_VIT_B16=ViT-B-16-quickgelu-visual.safetensors PATCHRANK_PHOTOS=imagenette-000002.tar make test
+PATCHRANK_VIT_B16=ViT-B-16-quickgelu-visual.safetensors PATCHRANK_PHOTOS=imagenette-000002.tar make test
 """
 
 from __future__ import annotations

@@ -35,6 +35,9 @@ def agree(model, config, cut=1, images=3, chunk=7, logit_scale=3.0):
             assert found.pruned_cosine[row, column].item() == pytest.approx(cosine, abs=1e-6)
             assert found.pruned_prediction[row, column].item() == likely.argmax().item()
             assert found.pruned_confidence[row, column].item() == pytest.approx(likely.max().item(), abs=1e-6)
+        likely = reference.softmax(one["full"], classes, logit_scale)
+        assert found.prediction[row].item() == likely.argmax().item()
+        assert found.confidence[row].item() == pytest.approx(likely.max().item(), abs=1e-6)
     assert found.finite.all()
 
 

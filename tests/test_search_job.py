@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import boto3
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
@@ -18,6 +20,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from patchrank import rankings
+
+pytest_plugins = ["s3"]
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ["ant", "bee", "cat"]
@@ -54,10 +58,12 @@ def data(tmp_path_factory):
 
 
 def command(data, out, *flags, shards="images-{0..5}.tar"):
+    """jobs/search.py on shards of the data folder; another place is given as an absolute path or a URI."""
+    uri = str(shards) if "://" in str(shards) else str(data / shards)
     return [
         sys.executable, str(ROOT / "jobs" / "search.py"), "--address", "local", "--cpus-per-actor", "1",
-        "--model", f"local-dir:{data / 'model'}", "--shards", str(data / shards), "--classes",
-        str(data / "classes.json"), "--out", str(out), "--dtype", "float32", *flags,
+        "--model", f"local-dir:{data / 'model'}", "--shards", uri, "--classes", str(data / "classes.json"),
+        "--out", str(out), "--dtype", "float32", *flags,
     ]  # fmt: skip
 
 
@@ -97,18 +103,10 @@ def test_three_actors_make_the_same_tables(data, undisturbed, tmp_path):
     assert tables(tmp_path / "out") == tables(undisturbed)
 
 
-def actors():
-    """Process ids of the ranking actors of this machine, by what Ray calls their processes."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                name = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if name.startswith(b"ray::RankingActor"):
-                found.append(int(entry.name))
-    return found
+def actors(process):
+    """The ranking actors of a search."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if "ray::RankingActor" in " ".join(child.cmdline())]
 
 
 def wait_for(condition, process, seconds=120):
@@ -133,15 +131,13 @@ def slow(data, tmp_path_factory):
 
 
 def test_a_killed_actor_costs_no_row(data, slow, tmp_path):
-    out, before = tmp_path / "out", set(actors())
+    out = tmp_path / "out"
     with subprocess.Popen(
         command(data, out, *SLOW, "--actors", "1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         wait_for(lambda: list(out.glob("*.parquet")), process)
-        victims = set(actors()) - before
-        assert victims
-        for victim in victims:
-            os.kill(victim, signal.SIGKILL)
+        (victim,) = actors(process)
+        victim.kill()
         _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert tables(out) == tables(slow)
@@ -149,12 +145,14 @@ def test_a_killed_actor_costs_no_row(data, slow, tmp_path):
 
 @pytest.mark.parametrize("how, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
 def test_a_stopped_driver_goes_on_where_it_was(data, slow, tmp_path, how, status):
-    out = tmp_path / "out"
-    with subprocess.Popen(
-        command(data, out, *SLOW, "--actors", "1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    out, pipe = tmp_path / "out", subprocess.PIPE
+    flags = command(data, out, *SLOW, "--actors", "1")
+    with subprocess.Popen(flags, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
         wait_for(lambda: list(out.glob("*.parquet")), process)
-        process.send_signal(how)
+        if how == signal.SIGINT:
+            os.killpg(process.pid, how)  # as a terminal does
+        else:
+            process.send_signal(how)
         _, stderr = process.communicate(timeout=120)
     assert process.returncode == status, stderr
     if how == signal.SIGINT:
@@ -200,6 +198,24 @@ def test_the_score_label_needs_labels_and_names_who_has_none(data, tmp_path):
     assert [row["key"] for table in tables(tmp_path / "out").values() for row in table] == ["good"]
     rejects = {row["key"]: row["reason"] for row in rankings.open(str(tmp_path / "out")).rejects().to_pylist()}
     assert "no label" in rejects["bare"] and "label 3" in rejects["high"]
+
+
+def test_shards_and_rankings_in_a_bucket(data, undisturbed, s3_bucket, tmp_path):
+    bucket = boto3.client("s3")
+    for number in range(2):
+        name = f"images-{number}.tar"
+        bucket.upload_file(str(data / name), s3_bucket.removeprefix("s3://"), f"shards/{name}")
+    out = f"{s3_bucket}/rankings"
+    done = search(data, out, shards=f"{s3_bucket}/shards")
+    assert done.returncode == 0, done.stderr
+    assert f"jobs/query.py {out}" in done.stdout
+    rows = {row["key"]: row for row in rankings.open(out).dataset.to_table().to_pylist()}
+    on_disk = {row["key"]: row for table in tables(undisturbed).values() for row in table if row["key"][0] in "01"}
+    assert {key: row | {"shard": ""} for key, row in rows.items()} == {
+        key: row | {"shard": ""} for key, row in on_disk.items()
+    }
+    again = search(data, out, shards=f"{s3_bucket}/shards")
+    assert "2 of 2 were finished before" in again.stdout
 
 
 def test_bad_shards_are_reported_and_the_good_rows_kept(data, tmp_path):
@@ -278,8 +294,14 @@ def test_bad_input_is_one_line_and_changes_nothing(data, undisturbed, tmp_path, 
 
 def test_a_full_disk_stops_the_search_with_one_line_and_no_half_written_file(data, tmp_path):
     out = tmp_path / "out"
-    limited = ["bash", "-c", 'ulimit -f 4; exec "$@"', "search"]  # 4 KiB a file: search.json fits, a table does not
-    done = subprocess.run([*limited, *command(data, out, "--actors", "1")], capture_output=True, text=True, timeout=120)
+    out.mkdir()
+    # A disk of two pages of our own: search.json fits, and so do the class embeddings, but no table.
+    mount = f'mount -t tmpfs -o size=8k none {out} && "$@"; status=$?; ls -A {out}; exit $status'
+    room = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*room, f"mount -t tmpfs none {out}"], capture_output=True).returncode:
+        pytest.skip("this system lets nobody but root mount a disk")
+    full = [*room, mount, "search", *command(data, out, "--actors", "1")]
+    done = subprocess.run(full, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "cannot be written" in done.stderr and "Traceback" not in done.stderr
-    assert not list(out.rglob("*.parquet")) and not list(out.rglob(".*"))
+    assert "No space left on device" in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout.split() == ["classes.safetensors", "search.json"]
