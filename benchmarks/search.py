@@ -79,12 +79,14 @@ def main() -> int:
     n = tower.num_tokens
     sequences = torch.randn(chunk, n, tower.width, device=device, dtype=dtype)  # n - 1 patches and the class token
 
+    batches = -(-args.images * n // chunk)  # as much work as the search has
+
     seconds: dict[str, list[float]] = {"search": [], "authors": [], "open_clip": []}
     with torch.inference_mode():
         calls: dict[str, Callable[[], object]] = {
             "search": lambda: searcher._rank(tokens, tower.suffix(tokens), None),
             "authors": lambda: [authors_shape(visual, one, tower.cut) for one in tokens],
-            "open_clip": lambda: visual._pool(visual.transformer(sequences))[0] @ visual.proj,
+            "open_clip": lambda: [visual._pool(visual.transformer(sequences))[0] @ visual.proj for _ in range(batches)],
         }
         ours = searcher.search(images).score[0]
         theirs = authors_shape(visual, tokens[0], tower.cut).cpu()
@@ -96,10 +98,10 @@ def main() -> int:
                 seconds[name].append(clock(call, device))
 
     candidates = args.images * n
-    useful = candidates * tower.suffix_multiply_adds(n - 1)
+    useful = candidates * tower.suffix_multiply_adds(n - 1) + args.images * tower.suffix_multiply_adds(n)
     hidden = visual.transformer.resblocks[0].mlp.c_fc.out_features
     block = (4 * tower.width**2 + 2 * tower.width * hidden) * n + 2 * n * n * tower.width
-    plain = chunk * (len(visual.transformer.resblocks) * block + tower.width * tower.embed_dim)
+    plain = batches * chunk * (len(visual.transformer.resblocks) * block + tower.width * tower.embed_dim)
     rates = {name: [1 / second for second in values] for name, values in seconds.items()}
     middle = {name: statistics.median(values) for name, values in rates.items()}
     against_authors = statistics.median(a / b for a, b in zip(rates["search"], rates["authors"], strict=True))

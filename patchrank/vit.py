@@ -47,8 +47,9 @@ class Tower(nn.Module):
     """A frozen copy of an open_clip `VisionTransformer`, cut before block `cut` (blocks count from 0).
 
     The blocks run in `dtype`; the final layer norm and projection, which see the class token alone, run in float32
-    (float64 where `dtype` is float64), and so do all embeddings that leave the tower. Attention is always fused
-    (`scaled_dot_product_attention`), whichever of open_clip's two attention classes the model was built with.
+    (float64 where `dtype` is float64), and so do all embeddings that leave the tower. Attention is fused
+    (`scaled_dot_product_attention`), whichever of open_clip's two attention classes the model was built with, except
+    in bfloat16 on a CPU, where that is slow.
 
     Args:
         visual: the image tower; it is not changed.
@@ -188,7 +189,7 @@ def _attention(attn: Any, x: Tensor, class_token_only: bool) -> Tensor:
     )
     if isinstance(attn, Attention):
         query, key = attn.ln_q(query), attn.ln_k(key)
-    y = F.scaled_dot_product_attention(query, key, value)
+    y = _attend(query, key, value)
     if isinstance(attn, Attention):
         if attn.head_scale is not None:
             y = y * attn.head_scale
@@ -196,6 +197,14 @@ def _attention(attn: Any, x: Tensor, class_token_only: bool) -> Tensor:
     else:
         y = y.transpose(1, 2).flatten(2)  # (C, n or 1, D)
     return attn.out_proj(y)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(query key^T / sqrt(d)) value, (C, heads, q, d) and twice (C, heads, n, d) -> (C, heads, q, d)."""
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        # PyTorch's fused kernel takes twice the time of two matrix products here; a chunk's weights fit the cache.
+        return (query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)).softmax(dim=-1) @ value
+    return F.scaled_dot_product_attention(query, key, value)
 
 
 _IDENTITY = nn.Identity()
