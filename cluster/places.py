@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,8 +70,11 @@ def _connect(address: str, cores_wanted: int | None) -> None:
         ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
         return
     try:
+        host, colon, port = address.removeprefix("ray://").rpartition(":")
+        if colon:  # Ray itself tries for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError, SystemExit) as error:  # Ray exits where a cluster has died
+    except (OSError, ValueError, RuntimeError, SystemExit) as error:  # Ray exits where a cluster has died
         reason = one_line(error) if isinstance(error, Exception) else "it does not answer"
         raise UserError(f"--address {address}: no Ray to join there ({reason})") from None
 

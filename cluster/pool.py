@@ -133,8 +133,8 @@ class Pool:
                 yield item, result
 
     def _start(self, actor: Any) -> None:
-        # Ray repeats this call, which is harmless, on the actor that it starts in place of one that died.
-        self._starting[actor.ready.options(max_task_retries=ATTEMPTS).remote(self._shared)] = actor
+        # Ray repeats this call, which is harmless, until the actor that it starts in place of a dead one is there.
+        self._starting[actor.ready.options(max_task_retries=-1).remote(self._shared)] = actor
 
     def _started(self, call: Any, actor: Any) -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -161,7 +162,8 @@ def test_a_stopped_driver_goes_on_where_it_was(data, slow, tmp_path, how, status
     assert 0 < len(finished) < 6
     done = search(data, out, *SLOW, "--actors", "1")
     assert done.returncode == 0, done.stderr
-    assert f"{len(finished)} of 6 were finished before" in done.stdout
+    resumed = int(re.search(r"(\d) of 6 were finished before", done.stdout)[1])
+    assert len(finished) <= resumed < 6  # a killed driver's actor may finish the shard it is at
     assert {path: path.stat().st_mtime_ns for path in finished} == finished  # not computed again
     assert tables(out) == tables(slow)
     assert not list(out.glob(".*"))
