@@ -18,6 +18,7 @@ from patchrank import images, rankings, shards
 from patchrank.errors import run
 from patchrank.search import tokens_kept
 
+GONE = (120, 170, 230)  # the colour of tokens that have left
 PATCH, GAP, COLUMNS = 8, 12, 10  # pixels a token, pixels between pictures, images shown
 # A perceptually even scale from dark violet over green to yellow (viridis, by its colours at five points).
 SCALE = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], dtype=float)
@@ -61,7 +62,7 @@ def main() -> int:
             mask = np.zeros(rows * columns, dtype=bool)
             mask[ranking[: tokens_kept(len(ranking), keep)]] = True
             pixels = mask.reshape(grid).repeat(PATCH, axis=0).repeat(PATCH, axis=1)[..., None]
-            panels.append(Image.fromarray(np.where(pixels, np.asarray(photo), 235).astype(np.uint8)))
+            panels.append(Image.fromarray(np.where(pixels, np.asarray(photo), GONE).astype(np.uint8)))
         for line, panel in enumerate(panels):
             canvas.paste(panel, (GAP + column * (width + GAP), GAP + line * (height + GAP)))
     canvas.save(args.picture, optimize=True)
