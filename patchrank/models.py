@@ -79,7 +79,7 @@ def load(name: str, pretrained: str | None = None) -> Model:
             tags = open_clip.list_pretrained_tags_by_model(name)
             known = f" ({', '.join(tags)})" if tags else ""
             raise UserError(f"--model {name} needs --pretrained: a weights file or one of open_clip's tags{known}")
-        quick_gelu = _needs_quick_gelu(name, pretrained, bool(config.get("quick_gelu")))
+        quick_gelu = _needs_quick_gelu(name, pretrained)
     with _quiet():
         image_tower = _image_tower_weights(pretrained) if schema is None and os.path.isfile(str(pretrained)) else None
         try:
@@ -105,17 +105,9 @@ def load(name: str, pretrained: str | None = None) -> Model:
     return Model(name, clip, image_tower is None, weights, _digest(text), scale)
 
 
-def _needs_quick_gelu(name: str, pretrained: str, config: bool) -> bool:
-    """Whether the weights of a tag were trained with QuickGELU; open_clip itself only warns where the name says other.
-
-    Raises:
-        UserError: the name says QuickGELU, and the weights were trained without.
-    """
-    tag = open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained)
-    trained = bool(tag.get("quick_gelu")) if tag else config
-    if config and not trained:
-        raise UserError(f"--model {name}: {pretrained} was trained without QuickGELU; take the name without -quickgelu")
-    return trained
+def _needs_quick_gelu(name: str, pretrained: str) -> bool:
+    """Whether the weights of a tag were trained with QuickGELU; open_clip only warns where the name does not say so."""
+    return bool(open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained).get("quick_gelu"))
 
 
 def _image_tower_weights(path: str | None) -> dict[str, Tensor] | None:

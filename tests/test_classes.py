@@ -97,6 +97,12 @@ def test_bad_models_are_named(name, pretrained, words):
         models.load(name, pretrained)
 
 
+def test_tags_trained_with_quick_gelu_get_it():
+    assert models._needs_quick_gelu("ViT-B-16", "openai")
+    assert not models._needs_quick_gelu("ViT-B-16", "laion2b_s34b_b88k")
+    assert not models._needs_quick_gelu("ViT-B-16", "some/file.safetensors")
+
+
 def test_weights_of_another_model_are_refused(tmp_path):
     path = str(tmp_path / "other.safetensors")
     save_file({"conv1.weight": torch.zeros(3)}, path)
