@@ -115,7 +115,7 @@ def search(job: SearchJob) -> SearchSummary:
         shared = Shared(ray.put(tower), ray.put(model.preprocess()), places)
         size = min(places.actors, max(len(todo), len(prototypes)))
         pool = Pool(RankingActor, shared, size, places.cpus, places.gpus, fatal=(OutputError,))
-        images_per_batch = job.images_per_batch or (64 if places.gpu else 16)
+        images_per_batch = job.images_per_batch or (64 if places.gpu else 4)
         if identity and known is None:
             known = _prototypes(pool, prototypes, identity, names, images_per_batch)
         if known:
