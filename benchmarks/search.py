@@ -1,33 +1,45 @@
-"""How fast the search scores candidates, against two others, measured side by side in one run.
+"""How fast the search scores candidates, measured side by side in one run.
 
-    python benchmarks/search.py                                        ViT-B/16, one-shot search of single tokens
+    python benchmarks/search.py                                        ViT-B/16, the default search
     python benchmarks/search.py --dtype float32 --model ViT-L-14
+    python benchmarks/search.py --shard-images 512                     and a whole actor, from tar to Parquet
 
-(a) The shape of the paper's authors: one image at a time, all its candidates as one batch, attention weights
-    materialised, every token through the last block. Ratio in candidates a second.
-(b) open_clip's plain forward pass on sequences of as many tokens. Ratio in multiply-adds a second.
+(a) The default search: candidates/s, useful multiply-adds/s (those of the candidates alone), and their share of a large
+    matrix product of the same dtype.
+(b) The shape of the paper's authors: one image at a time, all its candidates as one batch, attention weights
+    materialised, every token through the last block; against a one-shot search of the same candidates.
+(c) open_clip's plain forward pass on sequences of as many tokens, per multiply-add.
+(d) The share of an actor's time in which the device does not search: reading, decoding, writing.
 
-Weights are random: they say nothing about rankings, and speed does not depend on them. The three take turns, so that a
-noisy machine disturbs all alike; printed are medians over the rounds.
+Weights and images are random: they say nothing about rankings, and speed does not depend on them. All take turns, so
+that a noisy machine disturbs them alike; printed are medians over the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import statistics
 import sys
+import tarfile
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from patchrank import rankings
 from patchrank.errors import run
 from patchrank.models import resolve_dtype
+from patchrank.progress import Progress
+from patchrank.ranker import ShardRanker
 from patchrank.search import SearchConfig, Searcher
 from patchrank.vit import Tower
 
@@ -63,6 +75,7 @@ def main() -> int:
     parser.add_argument("--model", default="ViT-B-16", help="open_clip name (%(default)s)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (%(default)s)")
     parser.add_argument("--images", type=int, default=2, help="images a search batch (%(default)s)")
+    parser.add_argument("--shard-images", type=int, default=0, help="images of the actor's shard (no actor)")
     parser.add_argument("--chunk", type=int, help="candidates a forward pass (as jobs/search.py chooses)")
     parser.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
     args = parser.parse_args()
@@ -71,50 +84,96 @@ def main() -> int:
 
     model = open_clip.create_model(args.model).eval().requires_grad_(False)
     tower = Tower(model.visual, dtype=dtype, device=device)
+    preprocess = open_clip.transform.image_transform_v2(
+        open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg), is_train=False
+    )
     visual = model.visual.to(device, dtype)
     images = torch.randn(args.images, 3, *visual.image_size)
-    searcher = Searcher(tower, SearchConfig(steps=1), chunk=args.chunk)
-    chunk = searcher.chunk
-    tokens = tower.prefix(images)  # (B, 1 + N, D)
+    default = Searcher(tower, SearchConfig(), chunk=args.chunk)
+    one_shot = Searcher(tower, SearchConfig(steps=1, rank_by="scores"), chunk=args.chunk)
+    chunk = default.candidates.chunk
+    with torch.inference_mode():
+        tokens = tower.prefix(images)  # (B, 1 + N, D)
+        full = tower.suffix(tokens)  # (B, E)
     n = tower.num_tokens
     sequences = torch.randn(chunk, n, tower.width, device=device, dtype=dtype)  # n - 1 patches and the class token
+    batches = -(-args.images * n // chunk)  # as much work as the one-shot search has
+    side = 8192 if device == "cuda" else 2048
+    square = torch.randn(side, side, device=device, dtype=dtype)
+    products = 20 if device == "cuda" else 1
 
-    batches = -(-args.images * n // chunk)  # as much work as the search has
-
-    seconds: dict[str, list[float]] = {"search": [], "authors": [], "open_clip": []}
+    seconds: dict[str, list[float]] = {}
     with torch.inference_mode():
         calls: dict[str, Callable[[], object]] = {
-            "search": lambda: searcher._rank(tokens, tower.suffix(tokens), None),
+            "default": lambda: default._by_effects(tokens, full, None),
+            "one-shot": lambda: one_shot._by_scores(tokens, full, None),
             "authors": lambda: [authors_shape(visual, one, tower.cut) for one in tokens],
             "open_clip": lambda: [visual._pool(visual.transformer(sequences))[0] @ visual.proj for _ in range(batches)],
+            "product": lambda: [square @ square for _ in range(products)],
         }
-        ours = searcher.search(images).score[0]
+        ours = one_shot.search(images).score[0]
         theirs = authors_shape(visual, tokens[0], tower.cut).cpu()
         torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-3 if dtype != torch.float32 else 1e-5)
         for call in calls.values():
             call()
         for _ in tqdm(range(args.rounds), disable=not sys.stderr.isatty()):
             for name, call in calls.items():
-                seconds[name].append(clock(call, device))
+                seconds.setdefault(name, []).append(clock(call, device))
 
-    candidates = args.images * n
-    useful = candidates * tower.suffix_multiply_adds(n - 1) + args.images * tower.suffix_multiply_adds(n)
+    cost = default.config.cost(tower.grid)
+    candidates = {"default": sum(step.candidates for step in cost), "one-shot": n, "authors": n}  # an image
     hidden = visual.transformer.resblocks[0].mlp.c_fc.out_features
     block = (4 * tower.width**2 + 2 * tower.width * hidden) * n + 2 * n * n * tower.width
-    plain = batches * chunk * (len(visual.transformer.resblocks) * block + tower.width * tower.embed_dim)
-    rates = {name: [1 / second for second in values] for name, values in seconds.items()}
-    middle = {name: statistics.median(values) for name, values in rates.items()}
-    against_authors = statistics.median(a / b for a, b in zip(rates["search"], rates["authors"], strict=True))
-    against_plain = statistics.median(
-        a * useful / (b * plain) for a, b in zip(rates["search"], rates["open_clip"], strict=True)
-    )
+    work = {  # multiply-adds
+        "default": args.images * sum(step.candidates * tower.suffix_multiply_adds(step.kept) for step in cost),
+        "one-shot": args.images * n * tower.suffix_multiply_adds(n - 1),
+        "open_clip": batches * chunk * (len(visual.transformer.resblocks) * block + tower.width * tower.embed_dim),
+        "product": products * side**3,
+    }
+
+    def per_second(name: str, amount: float) -> float:
+        return statistics.median(amount / second for second in seconds[name])
+
+    def ratio(name: str, other: str, amounts: Mapping[str, float]) -> float:
+        """Median over the rounds of what one does a second as a share of what the other does."""
+        pairs = zip(seconds[name], seconds[other], strict=True)
+        return statistics.median(amounts[name] / mine / (amounts[other] / its) for mine, its in pairs)
+
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{args.model}, {str(dtype).removeprefix('torch.')}, {where}, {args.images} images, chunk {chunk}")
-    print(f"search            {middle['search'] * candidates:8.1f} candidates/s")
-    print(f"authors' shape    {middle['authors'] * candidates:8.1f} candidates/s        search: {against_authors:.2f}")
-    print(f"search            {middle['search'] * useful / 1e9:8.1f} G multiply-adds/s")
-    print(f"open_clip forward {middle['open_clip'] * plain / 1e9:8.1f} G multiply-adds/s  search: {against_plain:.2f}")
+    for name, count in candidates.items():
+        print(f"{name:18}{per_second(name, args.images * count):10.1f} candidates/s")
+    for name, amount in work.items():
+        print(f"{name:18}{per_second(name, amount) / 1e9:10.1f} G multiply-adds/s")
+    print(f"default search / matrix product of {side} x {side}: {ratio('default', 'product', work):.2f}")
+    print(f"one-shot search / authors' shape, candidates: {ratio('one-shot', 'authors', candidates):.2f}")
+    print(f"one-shot search / open_clip forward, per multiply-add: {ratio('one-shot', 'open_clip', work):.2f}")
+    if args.shard_images:
+        wall, searching = actor(default, preprocess, args.shard_images, args.images)
+        print(
+            f"actor, {args.shard_images} images, tar to Parquet: {wall:.1f} s, {1 - searching / wall:.1%} not searching"
+        )
     return 0
+
+
+def actor(searcher: Searcher, preprocess: Callable[..., Tensor], count: int, batch: int) -> tuple[float, float]:
+    """Rank a shard of noisy JPEG photos as an actor does: seconds in all, and seconds in the search."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        shard = f"{folder}/shard.tar"
+        with tarfile.open(shard, "w") as tar:
+            for key in range(count):
+                photo = io.BytesIO()
+                smooth = Image.fromarray(rng.integers(256, size=(40, 50, 3), dtype=np.uint8)).resize((500, 400))
+                smooth.save(photo, "JPEG")
+                member = tarfile.TarInfo(f"{key:06d}.jpg")
+                member.size = photo.tell()
+                photo.seek(0)
+                tar.addfile(member, photo)
+        progress, start = Progress(), time.perf_counter()
+        ranked = ShardRanker(searcher, preprocess, batch=batch).rank(shard, progress)
+        rankings.write(folder, shard, ranked.table, ranked.rejects, "benchmark")
+        return time.perf_counter() - start, progress.seconds["search"]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -14,12 +15,17 @@ import ray
 import torch
 from torch import Tensor
 
+from cluster.metrics import Metrics
 from cluster.places import Places
 from cluster.pool import Failed
-from patchrank import rankings, storage
-from patchrank.ranker import Progress, ShardRanker, class_sums
+from cluster.progress import ShardReport
+from patchrank import rankings, shards, storage
+from patchrank.estimate import seconds_per_image
+from patchrank.images import decode, limit_pixels
+from patchrank.progress import Progress
+from patchrank.ranker import RankedShard, ShardRanker, class_sums
 from patchrank.search import SearchConfig, Searcher
-from patchrank.shards import ShardError
+from patchrank.shards import Sample, ShardError
 from patchrank.vit import Tower
 
 
@@ -30,6 +36,7 @@ class Shared:
     tower: ray.ObjectRef
     preprocess: ray.ObjectRef
     places: Places
+    max_pixels: int
 
 
 @dataclass(frozen=True)
@@ -48,24 +55,19 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class ShardReport:
-    """What an actor says of a shard that it has finished.
+class Timing:
+    """What an actor found out about the cost of a shard.
 
     Attributes:
-        progress: images, rejects, candidates.
-        error: why the shard could not be read to its end, or None.
-        seconds: from the first byte read to the table written.
-        bytes: of the table on disk.
-        memory: peak memory of the actor's process so far, in bytes.
-        process: which process that was, on which machine.
+        samples: of the shard, up to the limit.
+        seconds: of the search, an image.
+        memory, gpu_memory: peak of the actor's process, and of the GPU, in bytes.
     """
 
-    progress: Progress
-    error: str | None
+    samples: int
     seconds: float
-    bytes: int
     memory: int
-    process: str
+    gpu_memory: int
 
 
 class OutputError(Exception):
@@ -83,6 +85,7 @@ class RankingActor:
         self._tower: Tower | None = None
         self._preprocess: Callable[..., Tensor] | None = None
         self._progress = Progress()
+        self._metrics = Metrics(self._progress)
 
     def ready(self, shared: Shared) -> None:
         """Returns once the model is on the device."""
@@ -91,6 +94,7 @@ class RankingActor:
     def _load(self, shared: Shared) -> tuple[Tower, Callable[..., Tensor]]:
         if self._tower is None or self._preprocess is None:
             torch.set_num_threads(shared.places.cpus)
+            limit_pixels(shared.max_pixels)
             self._tower = ray.get(shared.tower).to("cuda" if shared.places.gpu else "cpu")
             self._preprocess = ray.get(shared.preprocess)
         return self._tower, self._preprocess
@@ -98,16 +102,14 @@ class RankingActor:
     @ray.method(concurrency_group="progress")
     def progress(self) -> Progress:
         """How far the shard in work is."""
+        self._metrics.tell()
         return self._progress
 
     def rank(self, shared: Shared, shard: str, plan: Plan) -> ShardReport:
         """Rank a shard and write its table and its rejects. Raises OutputError where they cannot be written."""
         start, self._progress = time.monotonic(), Progress()
-        if not rankings.holds(plan.folder, plan.fingerprint):  # a local folder of another machine, or one taken away
-            raise OutputError(
-                f"{plan.folder}: as seen from {socket.gethostname()} not the folder of this search; with several nodes "
-                "it must be in a bucket or on a shared disk"
-            )
+        self._metrics = Metrics(self._progress)
+        _check_folder(plan)
         tower, preprocess = self._load(shared)
         searcher = Searcher(
             tower, plan.config, plan.classes, plan.logit_scale, plan.keep_rates, plan.candidates_per_batch
@@ -115,21 +117,33 @@ class RankingActor:
         num_classes = None if plan.classes is None else len(plan.classes)
         ranker = ShardRanker(searcher, preprocess, num_classes, plan.images_per_batch, plan.limit)
         ranked = ranker.rank(shard, self._progress)
-        size = 0
-        try:
-            if ranked.error:  # first, lest the part that could be read should ever pass for the whole
-                rankings.record_failure(plan.folder, shard, ranked.error)
-            if ranked.error is None or len(ranked.table) or ranked.rejects:
-                size = rankings.write(plan.folder, shard, ranked.table, ranked.rejects, plan.fingerprint)
-            if ranked.error is None:
-                rankings.clear_failure(plan.folder, shard)
-        except OSError as error:
-            if error.errno not in _LASTING:
-                raise
-            raise OutputError(f"{plan.folder}: cannot be written: {storage.one_line(error)}") from None
+        with self._progress.timed("write"):
+            size = _write(plan, shard, ranked)
+        self._metrics.tell()
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         process = f"{socket.gethostname()} {os.getpid()}"
         return ShardReport(self._progress, ranked.error, time.monotonic() - start, size, memory, process)
+
+    def estimate(self, shared: Shared, shard: str, plan: Plan, seconds: float) -> Timing | Failed:
+        """How long an image of a shard takes, from about so many seconds of timing; nothing is written."""
+        tower, preprocess = self._load(shared)
+        searcher = Searcher(tower, plan.config, None, keep_rates=plan.keep_rates, chunk=plan.candidates_per_batch)
+        samples = 0
+        first: Tensor | None = None
+        try:
+            for sample in shards.read(shard, plan.limit):
+                samples += 1
+                if first is None and isinstance(sample, Sample):
+                    with contextlib.suppress(Exception):  # an image that cannot be decoded: the next one will do
+                        first = preprocess(decode(sample.image))
+        except ShardError as error:
+            return Failed(str(error))
+        if first is None:
+            return Failed("holds no image that can be read")
+        pixels = first.expand(min(plan.images_per_batch, samples), -1, -1, -1)
+        took = seconds_per_image(searcher, pixels, seconds)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return Timing(samples, took, memory, torch.cuda.max_memory_allocated() if shared.places.gpu else 0)
 
     def class_sums(
         self, shared: Shared, shard: str, num_classes: int | None, images_per_batch: int
@@ -142,3 +156,32 @@ class RankingActor:
         except ShardError as error:
             return Failed(str(error))
         return sums, counts, self._progress
+
+
+def _write(plan: Plan, shard: str, ranked: RankedShard) -> int:
+    """Write what came of a shard; the number of bytes. Raises OutputError where that will not do for any other."""
+    size = 0
+    try:
+        _check_folder(
+            plan
+        )  # it may have been taken away meanwhile, and writing would make another, without search.json
+        if ranked.error:  # first, lest the part that could be read should ever pass for the whole
+            rankings.record_failure(plan.folder, shard, ranked.error)
+        if ranked.error is None or len(ranked.table) or ranked.rejects:
+            size = rankings.write(plan.folder, shard, ranked.table, ranked.rejects, plan.fingerprint)
+        if ranked.error is None:
+            rankings.clear_failure(plan.folder, shard)
+    except OSError as error:
+        if error.errno not in _LASTING:
+            raise
+        raise OutputError(f"{plan.folder}: cannot be written: {storage.one_line(error)}") from None
+    return size
+
+
+def _check_folder(plan: Plan) -> None:
+    """Raises OutputError where this machine does not see the folder of the search."""
+    if not rankings.holds(plan.folder, plan.fingerprint):
+        raise OutputError(
+            f"{plan.folder}: as seen from {socket.gethostname()} not the folder of this search; it must stay where it "
+            "is, and with several nodes be in a bucket or on a shared disk"
+        )

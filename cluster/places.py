@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import ray
+from ray._private import ray_constants
 
 from patchrank.errors import UserError
 from patchrank.storage import one_line
@@ -17,11 +18,12 @@ from patchrank.storage import one_line
 
 @dataclass(frozen=True)
 class Places:
-    """Where actors can go: how many of them, and what each takes."""
+    """Where actors can go: how many of them, what each takes, and whether so many were asked for."""
 
     actors: int
     cpus: int
     gpus: float
+    fixed: bool = False
 
     def __str__(self) -> str:
         return f"{self.cpus} CPUs and {self.gpus:g} GPUs"
@@ -30,6 +32,10 @@ class Places:
     def gpu(self) -> bool:
         """Whether actors work on GPUs."""
         return self.gpus > 0
+
+    def room(self) -> int:
+        """How many actors there is room for by now, with the nodes that have joined; as many as were asked for."""
+        return self.actors if self.fixed else sum(_fit(node, self.cpus, self.gpus) for node in _nodes())
 
 
 @contextlib.contextmanager
@@ -47,7 +53,7 @@ def connected(
         shards: of the whole job.
 
     Raises:
-        UserError: no Ray at the address, or no node on which such an actor could run.
+        UserError: no Ray at the address, none that can be started, or no room in it for such an actor.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     _connect(address, (actors or 1) * (cpus or 1) if actors or cpus else None)
@@ -67,7 +73,14 @@ def _connect(address: str, cores_wanted: int | None) -> None:
     if address == "local":
         # Ray counts the cores that this process may use; a wish for more actors than cores is granted.
         cores = None if cores_wanted is None else max(os.cpu_count() or 1, cores_wanted)
-        ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+        # Ray would listen on all interfaces; where it is never a cluster, as on macOS, it uses the loopback one alone.
+        several, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+        try:
+            ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+        except Exception as error:  # a bare one where the machine is too busy for Ray to start in time
+            raise UserError(f"no Ray could be started on this machine: {one_line(error)}") from None
+        finally:
+            ray_constants.ENABLE_RAY_CLUSTER = several
         return
     try:
         host, colon, port = address.removeprefix("ray://").rpartition(":")
@@ -81,17 +94,24 @@ def _connect(address: str, cores_wanted: int | None) -> None:
 
 def _places(actors: int | None, cpus: int | None, gpus: float | None, shards: int) -> tuple[Places, bool]:
     """What the cluster has room for now, and whether there is any node for such an actor at all."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cores = int(sum(node.get("CPU", 0) for node in nodes))
-    devices = sum(node.get("GPU", 0) for node in nodes)
+    nodes = _nodes()
     if gpus is None:
-        gpus = 1.0 if devices else 0.0
-    if gpus:
-        places = Places(actors or max(1, int(devices / gpus)), cpus or 1, gpus)
-    else:
-        if cpus is None:  # few shards get more cores each, the same in a run that goes on: it has as many shards
-            largest = max((int(node.get("CPU", 0)) for node in nodes), default=1)
-            cpus = max(1, min(largest, cores // max(shards, actors or 1)))
-        places = Places(actors or max(1, cores // cpus), cpus, gpus)
-    room = any(node.get("CPU", 0) >= places.cpus and node.get("GPU", 0) >= places.gpus for node in nodes)
-    return places, room
+        gpus = 1.0 if any(node.get("GPU", 0) for node in nodes) else 0.0
+    if cpus is None:
+        cpus = 1
+        if not gpus:  # few shards get more cores each, the same in a run that goes on: it has as many shards
+            cores = [int(node.get("CPU", 0)) for node in nodes]
+            cpus = max(1, min(max(cores, default=1), sum(cores) // max(shards, actors or 1)))
+    room = sum(_fit(node, cpus, gpus) for node in nodes)
+    return Places(actors or max(1, room), cpus, gpus, fixed=actors is not None), room > 0
+
+
+def _nodes() -> list[dict[str, float]]:
+    """What each node has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _fit(node: dict[str, float], cpus: int, gpus: float) -> int:
+    """How many actors a node can hold."""
+    cores = int(node.get("CPU", 0) / cpus)
+    return min(cores, int(node.get("GPU", 0) / gpus + 1e-9)) if gpus else cores  # ten of 0.1 are one

@@ -17,6 +17,8 @@ from patchrank.errors import UserError
 from patchrank.storage import one_line
 
 POLL_SECONDS = 1.0
+ROOM_SECONDS = 5.0  # between two looks for new nodes
+SILENT_SECONDS = 300.0  # an actor that does not answer for so long hangs: it is killed, and its item goes to another
 ATTEMPTS = 3  # how often an item may cost its actor's life before it is set aside, and how often an actor may not start
 
 
@@ -40,6 +42,8 @@ class Pool:
         shared: first argument of every call but `progress`, and small: large objects are in it as references.
         size: how many actors to ask for; those that find no room wait, and the others work on without them.
         cpus, gpus: what an actor takes.
+        room: how many actors the cluster has room for by now. Where it grows beyond `size` while items wait, more are
+            asked for.
         fatal: exceptions of the actors' methods that end `run`; others fail the item alone.
     """
 
@@ -51,29 +55,32 @@ class Pool:
         cpus: int,
         gpus: float,
         fatal: tuple[type[Exception], ...] = (),
+        room: Callable[[], int] = lambda: 0,
     ) -> None:
-        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, concurrency_groups={"progress": 1})(
+        self._remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, concurrency_groups={"progress": 1})(
             actor_class
         )
         self._shared = shared
+        self._size = 0
+        self._room = room
+        self._next_look = time.monotonic() + ROOM_SECONDS
         self._fatal = fatal
         self._starting: dict[Any, Any] = {}  # ready call -> actor
         self._idle: list[Any] = []
         self._busy: dict[Any, tuple[Any, str]] = {}  # call -> actor, item
-        self._asked: dict[Any, Any] = {}  # actor -> its progress() under way
+        self._asked: dict[Any, tuple[Any, float]] = {}  # actor -> its progress() under way, and since when
         self._progress: dict[str, Any] = {}  # item in work -> what its actor last said
         self._failed_starts: Counter[Any] = Counter()  # by actor
-        for actor in [remote.remote() for _ in range(size)]:
-            self._start(actor)
+        self._grow(size)
 
     @property
     def actors_up(self) -> int:
         """How many actors work or wait for work."""
         return len(self._idle) + len(self._busy)
 
-    def progress(self) -> list[Any]:
-        """What the actors last said of the items they are working on."""
-        return list(self._progress.values())
+    def running(self) -> dict[str, Any]:
+        """The items in work, and what their actors last said of them; None where nothing has been heard yet."""
+        return {item: self._progress.get(item) for _, item in self._busy.values()}
 
     def run(
         self, method: str, items: Sequence[str], *arguments: Any, tick: Callable[[], None] = lambda: None
@@ -103,6 +110,9 @@ class Pool:
                 self._busy[getattr(actor, method).remote(self._shared, item, *arguments)] = (actor, item)
             calls = [*self._starting, *self._busy]
             done, _ = ray.wait(calls, timeout=max(0.0, next_tick - time.monotonic()))
+            if time.monotonic() >= self._next_look:
+                self._grow(min(self._room(), len(waiting) + len(self._busy)))
+                self._next_look = time.monotonic() + ROOM_SECONDS
             if time.monotonic() >= next_tick:
                 self._poll()
                 tick()
@@ -132,6 +142,11 @@ class Pool:
                     result = Failed(f"its worker died {ATTEMPTS} times: {_last_line(error)}")
                 yield item, result
 
+    def _grow(self, size: int) -> None:
+        for actor in [self._remote.remote() for _ in range(size - self._size)]:
+            self._size += 1
+            self._start(actor)
+
     def _start(self, actor: Any) -> None:
         # Ray repeats this call, which is harmless, until the actor that it starts in place of a dead one is there.
         self._starting[actor.ready.options(max_task_retries=-1).remote(self._shared)] = actor
@@ -152,17 +167,20 @@ class Pool:
             self._idle.append(actor)
 
     def _poll(self) -> None:
-        """Collect the answers that have come and ask again; an actor that does not answer is not waited for."""
+        """Collect the answers that have come and ask again; an actor that does not answer is not waited for long."""
         for actor, item in self._busy.values():
-            call = self._asked.get(actor)
-            if call is None:
-                self._asked[actor] = actor.progress.remote()
-            elif ray.wait([call], timeout=0)[0]:
+            call, since = self._asked.get(actor, (None, 0.0))
+            if call is not None and ray.wait([call], timeout=0)[0]:
                 try:
                     self._progress[item] = ray.get(call)
                 except RayError:
                     self._progress.pop(item, None)  # the actor has died: whoever takes the item begins it anew
-                self._asked[actor] = actor.progress.remote()
+            elif call is not None:
+                if time.monotonic() - since < SILENT_SECONDS:
+                    continue
+                tqdm.write(f"warning: {item}: its worker has not answered for {SILENT_SECONDS:.0f} s", file=sys.stderr)
+                ray.kill(actor, no_restart=False)
+            self._asked[actor] = (actor.progress.remote(), time.monotonic())
 
 
 def _last_line(error: RayError) -> str:

@@ -14,13 +14,14 @@ import ray
 import torch
 import torch.nn.functional as F
 
-from cluster.actor import OutputError, Plan, RankingActor, ShardReport, Shared
-from cluster.places import connected
+from cluster.actor import OutputError, Plan, RankingActor, Shared
+from cluster.places import Places, connected
 from cluster.pool import Failed, Pool
-from cluster.progress import Meter
-from patchrank import __version__, classes, models, rankings, shards, storage
+from cluster.progress import Meter, ShardReport
+from patchrank import __version__, classes, models, rankings, shards, status, storage
 from patchrank.classes import Classes
 from patchrank.errors import UserError
+from patchrank.images import MAX_PIXELS
 from patchrank.models import Model
 from patchrank.search import SearchConfig, Searcher
 from patchrank.vit import Tower
@@ -45,6 +46,7 @@ class SearchJob:
     class_embeddings: str | None = None
     prototypes: Sequence[str] = ()
     limit: int | None = None
+    max_pixels: int = MAX_PIXELS
     address: str | None = None
     actors: int | None = None
     cpus_per_actor: int | None = None
@@ -107,17 +109,17 @@ def search(job: SearchJob) -> SearchSummary:
         Searcher(tower, job.config, anything, keep_rates=job.keep_rates)
         fingerprint = rankings.prepare(folder, _settings(job, model, tower, identity, names))
         done = rankings.finished(folder, uris)
+        status.write_shards(folder, uris)
         todo = [uri for uri in uris if uri not in done]
         summary = SearchSummary(folder, len(uris), len(done))
         if not todo:
             return summary
         start = time.monotonic()
-        shared = Shared(ray.put(tower), ray.put(model.preprocess()), places)
+        shared = Shared(ray.put(tower), ray.put(model.preprocess()), places, job.max_pixels)
         size = min(places.actors, max(len(todo), len(prototypes)))
-        pool = Pool(RankingActor, shared, size, places.cpus, places.gpus, fatal=(OutputError,))
-        images_per_batch = job.images_per_batch or (64 if places.gpu else 4)
+        pool = Pool(RankingActor, shared, size, places.cpus, places.gpus, (OutputError,), places.room)
         if identity and known is None:
-            known = _prototypes(pool, prototypes, identity, names, images_per_batch)
+            known = _prototypes(pool, prototypes, folder, identity, names, images_per_batch(job, places))
         if known:
             classes.save(storage.join(folder, CLASSES_FILE), known)
         plan = Plan(
@@ -127,27 +129,35 @@ def search(job: SearchJob) -> SearchSummary:
             keep_rates=tuple(job.keep_rates),
             classes=known.embeddings if known else None,
             logit_scale=model.logit_scale,
-            images_per_batch=images_per_batch,
+            images_per_batch=images_per_batch(job, places),
             candidates_per_batch=job.candidates_per_batch,
             limit=job.limit,
         )
         _rank(pool, plan, todo, summary)
+        for uri in summary.reports.keys() - summary.failures.keys() - rankings.finished(folder, todo):
+            summary.failures[uri] = "was ranked, but its table has since been taken out of the folder"
         summary.seconds = time.monotonic() - start
     return summary
 
 
+def images_per_batch(job: SearchJob, places: Places) -> int:
+    """Images that an actor searches at a time: as told, or many on a GPU, and on a CPU so few that progress shows."""
+    return job.images_per_batch or (64 if places.gpu else 4)
+
+
 def _rank(pool: Pool, plan: Plan, todo: list[str], summary: SearchSummary) -> None:
     """Have the shards ranked and fill in the summary."""
-    with contextlib.closing(Meter("search", summary.shards, summary.resumed)) as meter:
+    with contextlib.closing(Meter("search", summary.shards, plan.folder, summary.resumed)) as meter:
 
         def show() -> None:
-            meter.show(pool.progress(), pool.actors_up)
+            meter.show(pool.running(), pool.actors_up)
 
         try:
             for uri, report in pool.run("rank", todo, ray.put(plan), tick=show):
                 if isinstance(report, Failed):
                     summary.failures[uri] = report.reason
                     rankings.record_failure(plan.folder, uri, report.reason)
+                    meter.fail()
                     continue
                 summary.reports[uri] = report
                 if report.error:
@@ -192,13 +202,15 @@ def _class_source(
     return None, None
 
 
-def _prototypes(pool: Pool, uris: list[str], identity: str, names: list[str] | None, images_per_batch: int) -> Classes:
+def _prototypes(
+    pool: Pool, uris: list[str], folder: str, identity: str, names: list[str] | None, images_per_batch: int
+) -> Classes:
     """Have the prototypes made."""
     by_shard = {}
-    with contextlib.closing(Meter("prototypes", len(uris))) as meter:
+    with contextlib.closing(Meter("prototypes", len(uris), folder)) as meter:
 
         def show() -> None:
-            meter.show(pool.progress(), pool.actors_up)
+            meter.show(pool.running(), pool.actors_up)
 
         for uri, result in pool.run("class_sums", uris, names and len(names), images_per_batch, tick=show):
             if isinstance(result, Failed):
@@ -235,5 +247,6 @@ def _settings(
         "keep_rates": list(job.keep_rates),
         "classes": identity,
         "limit": job.limit,
+        "max_pixels": job.max_pixels,
         "about": {"model": job.model, "pretrained": job.pretrained, "class_names": names, "patchrank": __version__},
     }

@@ -13,12 +13,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from tqdm import tqdm
+
+from cluster.estimate import Estimate, estimate
 from cluster.rank import SearchJob, SearchSummary, search
 from patchrank import assets
 from patchrank.classes import TEMPLATES
 from patchrank.errors import UserError, run
 from patchrank.scores import SCORES
-from patchrank.search import SearchConfig
+from patchrank.search import RANK_BY, SearchConfig
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,6 +33,8 @@ def parser() -> argparse.ArgumentParser:
     add("--shards", nargs="+", metavar="SHARDS", help="WebDataset tars: path, {000..123}, glob, folder or list file")
     add("--out", default="rankings", metavar="FOLDER", help="folder of rankings, local, s3:// or gs:// (%(default)s)")
     add("--limit", type=int, metavar="N", help="rank only the first N samples of each shard")
+    add("--max-pixels", type=int, default=SearchJob.max_pixels, metavar="N", help="reject larger images (%(default)s)")
+    add("--estimate", action="store_true", help="tell what it would cost, from some seconds of timing; write nothing")
 
     add = result.add_argument_group("model").add_argument
     add("--model", metavar="NAME", help="open_clip name, hf-hub:ORG/REPO, local-dir:FOLDER or embedded")
@@ -51,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     add("--remove-per-step", type=int, default=default.remove_per_step, help="tokens that leave a step (%(default)s)")
     add("--block", type=int, default=default.block, help="side of the sliding blocks, in tokens (%(default)s)")
     add("--rescore", default=default.rescore, help="times remove-per-step tokens scored again, or 'all' (%(default)s)")
+    add("--rank-by", default=default.rank_by, help=f"how scores become a ranking: {', '.join(RANK_BY)} (%(default)s)")
     add("--keep-rates", type=float, nargs="*", default=list(SearchJob.keep_rates), help="to predict at (%(default)s)")
 
     add = result.add_argument_group("machines").add_argument
@@ -63,9 +69,8 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def job(argv: Sequence[str] | None) -> SearchJob:
+def job(args: argparse.Namespace) -> SearchJob:
     """The job that the flags describe. Raises UserError for flags that do not go together."""
-    args = parser().parse_args(argv)
     embedded = args.model == "embedded"
     if args.shards and not args.model:
         raise UserError("--shards needs --model: an open_clip name, or embedded for the model in this project")
@@ -75,7 +80,7 @@ def job(argv: Sequence[str] | None) -> SearchJob:
         raise UserError("--pretrained needs --model, an open_clip name")
     if args.gpus_per_actor is not None and args.gpus_per_actor < 0:
         raise UserError(f"--gpus-per-actor {args.gpus_per_actor}: must be at least 0")
-    for name in ("limit", "actors", "cpus_per_actor", "images_per_batch", "candidates_per_batch"):
+    for name in ("limit", "max_pixels", "actors", "cpus_per_actor", "images_per_batch", "candidates_per_batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     try:
@@ -90,13 +95,14 @@ def job(argv: Sequence[str] | None) -> SearchJob:
         pretrained=args.pretrained,
         cut=args.cut,
         dtype=args.dtype,
-        config=SearchConfig(args.score, args.keep, args.steps, args.remove_per_step, args.block, rescore),
+        config=SearchConfig(args.score, args.keep, args.steps, args.remove_per_step, args.block, rescore, args.rank_by),
         keep_rates=args.keep_rates,
         class_names=args.classes if own_classes else str(assets.CLASSNAMES),
         templates=args.templates,
         class_embeddings=args.class_embeddings,
         prototypes=args.prototypes,
         limit=args.limit,
+        max_pixels=args.max_pixels,
         address=args.address,
         actors=args.actors,
         cpus_per_actor=args.cpus_per_actor,
@@ -131,9 +137,29 @@ def show(summary: SearchSummary, keep_rates: Sequence[float]) -> None:
     print(f"next          python jobs/query.py {summary.folder} accuracy")
 
 
+def show_estimate(found: Estimate) -> None:
+    """Print what the search would cost."""
+    images = f"{found.images} in {found.shards - found.finished} shards"
+    if found.sampled < found.shards - found.finished:
+        images += f", from the {found.sampled} that were counted"
+    print(f"images        {images}" + (f"; {found.finished} shards are finished" if found.finished else ""))
+    print(f"an image      {found.candidates} candidates, {found.multiply_adds / 1e9:.1f} G multiply-adds")
+    rate = found.multiply_adds / found.image_seconds / 1e9 if found.image_seconds else 0
+    print(f"an actor      {found.image_seconds:.3f} s an image, {rate:.0f} G multiply-adds/s, with {found.places}")
+    memory = f"{found.memory / 1e9:.2f} GB" + (f", {found.gpu_memory / 1e9:.2f} GB of GPU" if found.gpu_memory else "")
+    print(f"memory        {memory} an actor")
+    print(f"time          {tqdm.format_interval(found.seconds)} (h:mm:ss) on {found.places.actors} actors")
+    print(f"device-hours  {found.device_hours:.2f}")
+    print(f"disk          {found.bytes / 1e6:.1f} MB of Parquet at most")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, search, print; 1 where a shard failed."""
-    parsed = job(argv)
+    """Parse, search or estimate, print; 1 where a shard failed."""
+    args = parser().parse_args(argv)
+    parsed = job(args)
+    if args.estimate:
+        show_estimate(estimate(parsed))
+        return 0
     try:
         summary = search(parsed)
     except KeyboardInterrupt:

@@ -11,6 +11,17 @@ from patchrank.storage import one_line
 
 # What files named .jpg, .png and .webp hold in practice. Not all that Pillow can open: it starts Ghostscript for EPS.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 89_478_485  # as Pillow has it: a quarter of a gigabyte in RGB
+
+
+def limit_pixels(pixels: int) -> None:
+    """Have this process refuse images of more pixels."""
+    Image.MAX_IMAGE_PIXELS = pixels
+
+
+def max_bytes() -> int:
+    """The size of file that no image within the limit needs: 8 bytes a pixel, as 16-bit RGBA, and room for metadata."""
+    return 8 * (Image.MAX_IMAGE_PIXELS or MAX_PIXELS) + (16 << 20)
 
 
 def decode(data: bytes) -> Image.Image:
@@ -20,14 +31,14 @@ def decode(data: bytes) -> Image.Image:
     in EXIF is not applied. Of an animation, the first frame.
 
     Raises:
-        ValueError: not an image, damaged, or larger than `PIL.Image.MAX_IMAGE_PIXELS`; the message is one line.
+        ValueError: not an image, damaged, or of more pixels than the limit (`limit_pixels`); the message is one line.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             # Pillow itself only warns up to twice this limit. Turning warnings into errors would not be thread-safe.
             pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
             if limit is not None and pixels > limit:
-                raise ValueError(f"{pixels} pixels exceed the limit of {limit}, as decompression bombs do")
+                raise ValueError(f"{pixels} pixels exceed the limit of {limit} (--max-pixels)")
             image.load()
             return _rgb(image)
     except UnidentifiedImageError:

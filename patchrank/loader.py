@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,11 +18,12 @@ from patchrank.storage import one_line
 
 @dataclass(frozen=True)
 class Batch:
-    """B images of a shard: keys, pixels (B, 3, H, W) float32, labels."""
+    """B images of a shard: keys, pixels (B, 3, H, W) float32, labels, and processor seconds that decoding them took."""
 
     keys: list[str]
     pixels: Tensor
     labels: list[int | None]
+    decode_seconds: float
 
 
 def batches(
@@ -41,7 +43,7 @@ def batches(
         threads: that decode. Two batches are under way at most, so memory does not grow with the shard.
     """
     loaded = _loaded(samples, preprocess, reject, threads, ahead=2 * size)
-    rows: list[tuple[Sample, Tensor]] = []
+    rows: list[tuple[Sample, Tensor, float]] = []
     damage: Exception | None = None
     while damage is None:
         try:
@@ -59,11 +61,31 @@ def batches(
         raise damage
 
 
-def _batch(rows: list[tuple[Sample, Tensor]]) -> Batch:
+def ahead(made: Iterator[Batch], pin: bool) -> Iterator[Batch]:
+    """The batches, of which the next is read and decoded on a thread while the caller works on this one.
+
+    Args:
+        made: the batches; what they raise is raised here.
+        pin: put pixels where a GPU can fetch them while it computes.
+    """
+
+    def following() -> Batch | None:
+        batch = next(made, None)
+        return replace(batch, pixels=batch.pixels.pin_memory()) if batch is not None and pin else batch
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(following)
+        while (batch := future.result()) is not None:
+            future = pool.submit(following)
+            yield batch
+
+
+def _batch(rows: list[tuple[Sample, Tensor, float]]) -> Batch:
     return Batch(
-        keys=[sample.key for sample, _ in rows],
-        pixels=torch.stack([pixels for _, pixels in rows]),
-        labels=[sample.label for sample, _ in rows],
+        keys=[sample.key for sample, _, _ in rows],
+        pixels=torch.stack([pixels for _, pixels, _ in rows]),
+        labels=[sample.label for sample, _, _ in rows],
+        decode_seconds=sum(seconds for _, _, seconds in rows),
     )
 
 
@@ -73,13 +95,14 @@ def _loaded(
     reject: Callable[[Reject], None],
     threads: int,
     ahead: int,
-) -> Iterator[tuple[Sample, Tensor]]:
-    def load(sample: Sample) -> Tensor:
-        return preprocess(decode(sample.image))
+) -> Iterator[tuple[Sample, Tensor, float]]:
+    def load(sample: Sample) -> tuple[Tensor, float]:
+        start = time.thread_time()
+        return preprocess(decode(sample.image)), time.thread_time() - start
 
     failure: Exception | None = None
     source = iter(samples)
-    waiting: deque[tuple[Sample, Future[Tensor]]] = deque()
+    waiting: deque[tuple[Sample, Future[tuple[Tensor, float]]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         exhausted = False
         while waiting or not exhausted:
@@ -98,12 +121,12 @@ def _loaded(
             if waiting:
                 sample, future = waiting.popleft()
                 try:
-                    pixels = future.result()
+                    pixels, seconds = future.result()
                 except MemoryError:  # the machine's trouble, not the image's
                     raise
                 except Exception as error:  # whatever an image does to its decoder, it must not cost the others
                     reject(Reject(sample.key, one_line(error)))
                 else:
-                    yield sample, pixels
+                    yield sample, pixels, seconds
     if failure is not None:
         raise failure

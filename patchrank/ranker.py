@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -12,22 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchrank import rankings, shards
-from patchrank.loader import Batch, batches
+from patchrank.loader import Batch, ahead, batches
+from patchrank.progress import Progress
 from patchrank.search import Searcher, SearchResult
 from patchrank.shards import Reject, Sample, ShardError
 from patchrank.vit import Tower
 
 MAX_CLASSES = 100_000  # of prototypes without class names: one wrong label could else ask for all memory
-
-
-@dataclass
-class Progress:
-    """What has been done of a shard so far; `cosine` sums the pruned images' cosines, one sum a keep rate."""
-
-    images: int = 0
-    rejects: int = 0
-    candidates: int = 0
-    cosine: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -85,23 +76,31 @@ class ShardRanker:
             rejects.append(sample)
             progress.rejects += 1
 
-        samples = checked(shards.read(shard, self.limit), self.num_classes, self.searcher.config.score == "label")
+        samples = _timed(shards.read(shard, self.limit), progress)
+        samples = checked(samples, self.num_classes, self.searcher.config.score == "label")
         tables, error = [self._no_rows(shard)], None
+        overflows: list[Reject] = []  # apart: the thread that reads ahead adds to the others at any time
         try:
-            for batch in batches(samples, self.preprocess, self.batch, reject, self.threads):
-                tables.append(self._search(shard, batch, progress, reject))
+            made = batches(samples, self.preprocess, self.batch, reject, self.threads)
+            for batch in ahead(made, pin=self.searcher.tower.device.type == "cuda"):
+                tables.append(self._search(shard, batch, progress, overflows))
         except ShardError as damage:
             error = str(damage)
-        return RankedShard(pa.concat_tables(tables), rejects, error)
+        progress.rejects = len(rejects) + len(overflows)
+        return RankedShard(pa.concat_tables(tables), rejects + overflows, error)
 
-    def _search(self, shard: str, batch: Batch, progress: Progress, reject: Callable[[Reject], None]) -> pa.Table:
+    def _search(self, shard: str, batch: Batch, progress: Progress, overflows: list[Reject]) -> pa.Table:
         labels = None
         if self.searcher.config.score == "label":  # every sample has one: see `checked`
             labels = torch.tensor([label for label in batch.labels if label is not None])
-        result = self.searcher.search(batch.pixels, labels)
+        progress.seconds["decode"] += batch.decode_seconds
+        with progress.timed("search"):
+            result = self.searcher.search(batch.pixels, labels)
         for key, finite in zip(batch.keys, result.finite.tolist(), strict=True):
             if not finite:
-                reject(Reject(key, f"the search overflows in {self.searcher.tower.dtype}; use --dtype float32"))
+                overflows.append(
+                    Reject(key, f"the search overflows in {self.searcher.tower.dtype}; use --dtype float32")
+                )
         rows = result.finite.nonzero()[:, 0].tolist()
         progress.images += len(rows)
         progress.candidates += result.candidates
@@ -137,6 +136,16 @@ class ShardRanker:
         pruned, nothing = torch.empty(0, rates), torch.empty(0, dtype=torch.bool)
         result = SearchResult(ids, values, ids, None, None, None, None, pruned, nothing, 0)
         return self._table(shard, [], [], result, [])
+
+
+def _timed(samples: Iterator[Sample | Reject], progress: Progress) -> Iterator[Sample | Reject]:
+    """The samples; the time that they take is counted to the stage "read"."""
+    while True:
+        with progress.timed("read"):
+            sample = next(samples, None)
+        if sample is None:
+            return
+        yield sample
 
 
 def checked(

@@ -183,14 +183,19 @@ def write(folder: str, shard: str, table: pa.Table, rejects: Sequence[Reject], f
         written += len(data)
     else:
         storage.delete(rejects_file)  # of an earlier try that could read less of the shard
-    data = _serialise(
+    data = encode(table, metadata)
+    storage.write_atomic(storage.join(folder, name), data)
+    return written + len(data)
+
+
+def encode(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
+    """A table of rankings as the bytes of a Parquet file."""
+    return _serialise(
         table.combine_chunks(),  # batches would show in the pages of the file
         metadata,
         use_dictionary=list(_REPEATED),
         column_encoding=dict.fromkeys(_FLOATS, "BYTE_STREAM_SPLIT"),
     )
-    storage.write_atomic(storage.join(folder, name), data)
-    return written + len(data)
 
 
 def _serialise(table: pa.Table, metadata: Mapping[str, str], **options: Any) -> bytes:
@@ -219,7 +224,7 @@ def prepare(folder: str, settings: Mapping[str, Any]) -> str:
     try:
         found = read_search(folder)
         if found is not None:
-            different = _differences(_flat(found["settings"]), _flat(settings))
+            different = differences(found["settings"], settings)
             if different:
                 more = f", and {len(different) - 2} more" if len(different) > 2 else ""
                 raise UserError(f"{folder}: holds another search ({', '.join(different[:2])}{more}); {advice}")
@@ -248,7 +253,10 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return {name: value for name, value in flat.items() if name.partition(".")[0] != "about"}
 
 
-def _differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What tells two nested settings apart, one "NAME: VALUE there, VALUE now" a setting; `about` is not compared."""
+    there, now = _flat(there), _flat(now)
+
     def spelled(settings: Mapping[str, Any], name: str) -> str:
         return json.dumps(settings[name]) if name in settings else "not set"
 

@@ -2,30 +2,55 @@
 
 A candidate is a set T of tokens taken out of the sequence before the cut; its score tells how well the model does
 without T (`patchrank.scores`). The candidates of a step are the r x r blocks of the patch grid, less the tokens that
-have already left; a token's score is the mean over the blocks that cover it. Each step scores candidates and takes out
-the k tokens with the highest scores:
+have already left. Each step scores candidates and takes out k tokens:
 
-    one-shot        steps=1         scores once; the ranking is the order of those scores
+    one-shot        steps=1         scores once
     exact greedy    rescore=None    scores every remaining token again in each step
-    lazy greedy     rescore=c       after the first step scores again only the c * k tokens whose last known score is
-                                    best, takes out the best k of these, and keeps the other scores as they are
+    lazy greedy     rescore=c       after the first step scores again only the c * k tokens that look best to take out
+
+Two ways to read the candidates (`predict`):
+
+    "effects"   A token's effect is the change of the image embedding when it leaves, (E,) numbers instead of one: the
+                mean over the blocks that cover it, divided by r * r. Effects add up: what a set of tokens does is
+                predicted by the sum of their effects on the embedding of what is left now, which is computed anew
+                after each step. So tokens are taken out one after the other, each the best beside those that left
+                before it, and the tokens of one step know of each other. Costs one candidate more a step.
+    "scores"    A token's score is the mean over the blocks that cover it, and keeps until it is scored again; a step
+                takes out the k tokens with the highest scores. With steps=1 this is the paper's search.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchrank.candidates import Candidates, without
 from patchrank.errors import UserError
 from patchrank.scores import SCORES, predict, score
 from patchrank.vit import Tower
 
-CACHE_BYTES = 4 << 20  # that the widest activation of a chunk may take on a CPU
+RANK_BY = ("effects", "scores")
+PREDICTED_NUMBERS = 1 << 24  # that class probabilities of predicted embeddings may take at once
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step of a search costs an image.
+
+    Attributes:
+        kept: the patch tokens of its candidates.
+        candidates: how many are scored; an upper bound where larger blocks have lost tokens.
+        removed: the tokens that leave.
+    """
+
+    kept: int
+    candidates: int
+    removed: int
 
 
 @dataclass(frozen=True)
@@ -33,21 +58,26 @@ class SearchConfig:
     """What is searched. Raises UserError for a value that makes no sense."""
 
     score: str = "preservation"  # one of patchrank.scores.SCORES
-    keep: float = 0.5  # the search ends when this share of the tokens is left; their last known score ranks them
+    keep: float = 0.4  # the search ends when this share of the tokens is left; what is known by then ranks them
     steps: int | None = None  # ... or after this many steps; 1 is the one-shot search
     remove_per_step: int = 4  # k, the tokens that leave in a step; the last step takes what is left to take
     block: int = 1  # r, the side of the sliding blocks, in tokens
-    rescore: int | None = 2  # c, of the lazy search; None scores all again in every step
+    rescore: int | None = 0  # c, of the lazy search; None scores all again in every step
+    rank_by: str = "effects"  # or "scores"
 
     def __post_init__(self) -> None:
         if self.score not in SCORES:
             raise UserError(f"--score {self.score}: must be one of {', '.join(SCORES)}")
+        if self.rank_by not in RANK_BY:
+            raise UserError(f"--rank-by {self.rank_by}: must be one of {', '.join(RANK_BY)}")
         if not 0 <= self.keep < 1:
             raise UserError(f"--keep {self.keep}: must be at least 0 and below 1")
-        for name in ("steps", "remove_per_step", "block", "rescore"):
+        for name, least in (("steps", 1), ("remove_per_step", 1), ("block", 1), ("rescore", 0)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+        if self.rank_by == "scores" and self.rescore == 0 and self.steps != 1:
+            raise UserError("--rank-by scores needs --rescore 1 or more, --rescore all, or --steps 1")
 
     def removals(self, num_tokens: int) -> list[int]:
         """How many tokens leave in each step; the last step may be smaller."""
@@ -57,6 +87,22 @@ class SearchConfig:
             steps = min(steps, self.steps)
         return [min(self.remove_per_step, total - step * self.remove_per_step) for step in range(steps)]
 
+    def wanted(self, alive: int) -> int:
+        """How many tokens are scored again, of `alive`, in a step after the first."""
+        return alive if self.rescore is None else min(alive, self.rescore * self.remove_per_step)
+
+    def cost(self, grid: tuple[int, int]) -> list[Step]:
+        """What the search costs an image of rows x columns tokens, a step after the other."""
+        rows, columns = grid
+        blocks, alive, result = (rows - self.block + 1) * (columns - self.block + 1), rows * columns, []
+        for number, count in enumerate(self.removals(alive)):
+            scored = blocks if number == 0 else min(blocks, self.wanted(alive) * self.block**2)
+            result.append(Step(alive - self.block**2 if number == 0 else alive - 1, scored, count))
+            alive -= count
+            if self.rank_by == "effects" and self.steps != 1:
+                result.append(Step(alive, 1, 0))
+        return result
+
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -64,7 +110,8 @@ class SearchResult:
 
     Attributes:
         ranking: (B, N) int64, token ids, most useful first.
-        score: (B, N) float32, by token id: the last known score of the token.
+        score: (B, N) float32, by token id. Ranked by scores: the last known score of the token. Ranked by effects: the
+            predicted score without the token and all those that left before it, at the time when it was chosen.
         step: (B, N) int64, by token id: the step, from 1, in which the token left; 0 if it never did.
         prediction, confidence: (B,) int64 and float32 of the whole image; None without class embeddings.
         pruned_prediction, pruned_confidence: (B, K) the same of the image pruned to each of K keep rates.
@@ -83,11 +130,6 @@ class SearchResult:
     pruned_cosine: Tensor
     finite: Tensor
     candidates: int
-
-
-def tokens_kept(num_tokens: int, keep: float) -> int:
-    """The number of tokens that stay at a keep rate: keep * num_tokens, rounded half up."""
-    return math.floor(keep * num_tokens + 0.5)
 
 
 class Searcher:
@@ -128,8 +170,7 @@ class Searcher:
         self.classes = None if classes is None else classes.to(tower.device)
         self.logit_scale = logit_scale
         self.keep_rates = tuple(keep_rates)
-        self.chunk = chunk or default_chunk(tower)
-        self.cover = block_cover(tower.grid, config.block).to(tower.device)  # (P, N)
+        self.candidates = Candidates(tower, config.block, chunk)
 
     @torch.inference_mode()
     def search(self, images: Tensor, labels: Tensor | None = None) -> SearchResult:
@@ -141,12 +182,15 @@ class Searcher:
         """
         tokens = self.tower.prefix(images)  # (B, 1 + N, D)
         everything = torch.arange(len(tokens), device=tokens.device)
-        full = self._embed(tokens, everything)  # (B, E)
+        full = self.candidates.embed(tokens, everything)  # (B, E)
         if labels is not None:
             labels = labels.to(tokens.device)
-        ranking, scores, step, candidates = self._rank(tokens, full, labels)
+        rank = self._by_effects if self.config.rank_by == "effects" else self._by_scores
+        ranking, scores, step, candidates = rank(tokens, full, labels)
         pruned = [
-            self._embed(tokens, everything, ranking[:, : tokens_kept(self.tower.num_tokens, keep)].sort(dim=1).values)
+            self.candidates.embed(
+                tokens, everything, ranking[:, : tokens_kept(self.tower.num_tokens, keep)].sort(dim=1).values
+            )
             for keep in self.keep_rates
         ]  # K x (B, E)
         stacked = torch.stack(pruned, dim=1) if pruned else full.new_empty(len(full), 0, full.shape[1])  # (B, K, E)
@@ -170,117 +214,124 @@ class Searcher:
             candidates=candidates,
         )
 
-    def _rank(self, tokens: Tensor, full: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor, int]:
+    def _by_scores(self, tokens: Tensor, full: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor, int]:
         """Ranking, score and step as in `SearchResult`, on the tower's device, and the number of candidates scored."""
-        batch, num_tokens = len(tokens), self.tower.num_tokens
-        alive = torch.ones(batch, num_tokens, dtype=torch.bool, device=tokens.device)
-        scores = full.new_zeros(batch, num_tokens)
-        step = torch.zeros(batch, num_tokens, dtype=torch.int64, device=tokens.device)
-        removed: list[Tensor] = []  # each (B, k), in the order in which tokens leave
-        candidates = 0
-        for number, count in enumerate(self.config.removals(num_tokens), start=1):
-            wanted = alive
-            if number > 1 and self.config.rescore is not None:
-                best = _highest(scores, alive, self.config.rescore * self.config.remove_per_step)
-                wanted = torch.zeros_like(alive).scatter_(1, best, True) & alive
-            fresh, scored = self._score_tokens(tokens, full, labels, alive, wanted)
-            candidates += scored
-            scores = torch.where(wanted, fresh, scores)
-            leaving = _highest(scores, wanted, count)  # (B, count)
-            step.scatter_(1, leaving, number)
-            alive = alive.scatter(1, leaving, False)
-            removed.append(leaving)
-        left = num_tokens - sum(part.shape[1] for part in removed)
-        removed.append(_highest(scores, alive, left))
-        return torch.cat(removed, dim=1).flip(1), scores, step, candidates
-
-    def _score_tokens(
-        self, tokens: Tensor, full: Tensor, labels: Tensor | None, alive: Tensor, wanted: Tensor
-    ) -> tuple[Tensor, int]:
-        """Scores of the wanted tokens, (B, N), anything elsewhere, and how many candidates that took.
-
-        alive, wanted: (B, N) bool. A candidate is a block that covers a wanted token, less the tokens already gone.
-        """
-        useful = (wanted[:, None] & self.cover).any(dim=-1)  # (B, P)
-        image, block = useful.nonzero(as_tuple=True)  # both (C,)
-        stays = alive[image] & ~self.cover[block]  # (C, N)
-        sizes = stays.sum(dim=1)  # (C,): blocks lose tokens unevenly, so sequences differ in length
-        result = full.new_empty(len(image))  # (C,)
 
         def score_them(embeddings: Tensor, images: Tensor) -> Tensor:
-            mine = None if labels is None else labels[images]
-            return score(self.config.score, embeddings, full[images], self.classes, self.logit_scale, mine)
+            return self._score(embeddings, full[images], None if labels is None else labels[images])[:, None]
 
-        for size in sizes.unique().tolist():
-            same = (sizes == size).nonzero()[:, 0]  # (c,)
-            kept = stays[same].nonzero()[:, 1].view(len(same), size)  # (c, size), ascending token ids
-            result[same] = self._embed(tokens, image[same], kept, score_them)  # (c,)
-        by_block = torch.zeros(useful.shape, dtype=torch.float64, device=result.device)  # (B, P)
-        by_block[image, block] = result.double()
-        covered = self.cover.double()
-        mean = by_block @ covered / (useful.double() @ covered)  # (B, N); blocks off `useful` cover no wanted token
-        return mean.to(result.dtype), len(image)
+        alive = self._all_tokens(tokens)  # (B, A), ascending token ids
+        scores = full.new_zeros(alive.shape)  # (B, N)
+        step = torch.zeros_like(alive)  # (B, N)
+        removed, candidates = [], 0  # removed: each (B, k), in the order in which tokens leave
+        for number, count in enumerate(self.config.removals(self.tower.num_tokens), start=1):
+            wanted = alive
+            if number > 1:
+                wanted = _highest(scores, alive, self.config.wanted(alive.shape[1]))  # (B, M)
+            fresh, scored = self.candidates.measure(tokens, alive, wanted, score_them, shared=False)
+            candidates += scored
+            scores = scores.scatter(1, wanted, fresh[..., 0])
+            leaving = _highest(scores, wanted, count)  # (B, count)
+            step.scatter_(1, leaving, number)
+            alive = without(alive, leaving)
+            removed.append(leaving)
+        removed.append(_highest(scores, alive, alive.shape[1]))
+        return torch.cat(removed, dim=1).flip(1), scores, step, candidates
 
-    def _embed(
+    def _by_effects(self, tokens: Tensor, full: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor, int]:
+        """As `_by_scores`."""
+        alive = self._all_tokens(tokens)  # (B, A), ascending token ids
+        images = torch.arange(len(alive), device=alive.device)
+        now = full  # (B, E), the embedding without the tokens that have left
+        effects = full.new_zeros(*alive.shape, full.shape[1])  # (B, N, E)
+        scores = full.new_zeros(alive.shape)  # (B, N)
+        step = torch.zeros_like(alive)  # (B, N)
+        removed, candidates = [], 0
+        for number, count in enumerate(self.config.removals(self.tower.num_tokens), start=1):
+            again = alive.shape[1] if number == 1 else self.config.wanted(alive.shape[1])
+            if again:
+                wanted = _highest(self._predicted(now, effects, full, labels), alive, again)  # (B, M)
+
+                def effect(embeddings: Tensor, image: Tensor, since: Tensor = now) -> Tensor:
+                    return embeddings - since[image]
+
+                fresh, scored = self.candidates.measure(tokens, alive, wanted, effect, shared=True)
+                candidates += scored
+                effects = effects.scatter(1, wanted[..., None].expand_as(fresh), fresh)
+            leaving, now = self._take_out(now, effects, alive, count, scores, full, labels)  # (B, count), (B, E)
+            step.scatter_(1, leaving, number)
+            alive = without(alive, leaving)
+            removed.append(leaving)
+            if self.config.steps != 1:
+                now = self.candidates.embed(tokens, images, alive)
+                candidates += len(images)
+        removed.append(self._take_out(now, effects, alive, alive.shape[1], scores, full, labels)[0])
+        return torch.cat(removed, dim=1).flip(1), scores, step, candidates
+
+    def _take_out(
         self,
-        tokens: Tensor,
-        image: Tensor,
-        kept: Tensor | None = None,
-        then: Callable[[Tensor, Tensor], Tensor] = lambda embeddings, image: embeddings,
-    ) -> Tensor:
-        """Embeddings of candidates, in chunks that fit the memory, or what `then` makes of a chunk's.
+        now: Tensor,
+        effects: Tensor,
+        alive: Tensor,
+        count: int,
+        scores: Tensor,
+        full: Tensor,
+        labels: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Choose the tokens that leave, one after the other, each the best beside those before it.
 
-        image: (C,), the row of `tokens` of each candidate; kept: (C, n), or None for whole images.
-        then: (c, E), (c,) -> (c, ...), for example scores; applied a chunk at a time, as class probabilities are large.
+        Writes the predicted scores of the chosen into `scores`, (B, N).
+
+        Returns:
+            Their ids in this order, (B, count), and the predicted embedding without them, (B, E).
         """
-        parts, start = [], 0
-        while start < len(image):
-            rows = slice(start, start + self.chunk)
-            try:
-                embeddings = self.tower.suffix(tokens, None if kept is None else kept[rows], image[rows])
-                parts.append(then(embeddings, image[rows]))
-            except RuntimeError as error:
-                if not _out_of_memory(error) or self.chunk == 1:
-                    raise
-                self.chunk //= 2
-                continue
-            start += self.chunk
+        gone = torch.ones_like(scores, dtype=torch.bool).scatter_(1, alive, False)  # (B, N)
+        leaving = []
+        for _ in range(count):
+            predicted = self._predicted(now, effects, full, labels).masked_fill(gone, -math.inf)  # (B, N)
+            token = predicted.sort(dim=1, descending=True, stable=True).indices[:, :1]  # (B, 1); the lower id of equals
+            scores.scatter_(1, token, predicted.gather(1, token))
+            gone = gone.scatter(1, token, True)
+            now = now + effects.gather(1, token[..., None].expand(-1, -1, effects.shape[2]))[:, 0]
+            leaving.append(token)
+        return torch.cat(leaving, dim=1) if leaving else alive[:, :0], now
+
+    def _predicted(self, now: Tensor, effects: Tensor, full: Tensor, labels: Tensor | None) -> Tensor:
+        """The score that each token's leaving is predicted to make: (B, E), (B, N, E) -> (B, N)."""
+        batch, tokens = effects.shape[:2]
+        # Probabilities over many classes are large: a few images at a time then.
+        classes = 1 if self.classes is None or self.config.score == "preservation" else len(self.classes)
+        size = max(1, PREDICTED_NUMBERS // (tokens * classes))
+        parts = []
+        for start in range(0, batch, size):
+            rows = slice(start, start + size)
+            embeddings = (now[rows, None] + effects[rows]).flatten(0, 1)  # (b * N, E)
+            whole = full[rows].repeat_interleave(tokens, dim=0)  # (b * N, E)
+            mine = None if labels is None else labels[rows].repeat_interleave(tokens)
+            parts.append(self._score(embeddings, whole, mine).unflatten(0, (-1, tokens)))  # (b, N)
         return torch.cat(parts)
 
+    def _score(self, embeddings: Tensor, full: Tensor, labels: Tensor | None) -> Tensor:
+        return score(self.config.score, embeddings, full, self.classes, self.logit_scale, labels)
 
-def default_chunk(tower: Tower) -> int:
-    """Candidates a forward pass: many on a GPU; on a CPU few enough that a block's activations stay in its cache."""
-    if tower.device.type != "cpu":
-        return 512
-    hidden = tower.visual.transformer.resblocks[0].mlp.c_fc.weight  # (hidden, D); its output is the widest activation
-    candidate = tower.num_tokens * hidden.shape[0] * hidden.element_size()  # bytes
-    return max(4, min(64, CACHE_BYTES // candidate))
+    def _all_tokens(self, tokens: Tensor) -> Tensor:
+        """(B, N), the ids of all tokens of each image."""
+        return torch.arange(self.tower.num_tokens, device=tokens.device).repeat(len(tokens), 1)
 
 
-def block_cover(grid: tuple[int, int], block: int) -> Tensor:
-    """Which tokens each r x r block covers, sliding over the patch grid with stride 1.
-
-    Returns:
-        (P, N) bool, P = (rows - r + 1) * (columns - r + 1). Tokens at the border are covered by fewer blocks.
-    """
-    rows, columns = grid
-    token = torch.arange(rows * columns).view(rows, columns)
-    ids = token.unfold(0, block, 1).unfold(1, block, 1).flatten(2).flatten(0, 1)  # (P, r * r)
-    return torch.zeros(len(ids), rows * columns, dtype=torch.bool).scatter_(1, ids, True)
+def tokens_kept(num_tokens: int, keep: float) -> int:
+    """The number of tokens that stay at a keep rate: keep * num_tokens, rounded half up."""
+    return math.floor(keep * num_tokens + 0.5)
 
 
 def _highest(scores: Tensor, among: Tensor, count: int) -> Tensor:
-    """The tokens with the highest scores among the marked ones, best first, (B, count); the lower id where scores tie.
+    """Of some tokens those with the highest scores, best first: (B, N), (B, M) token ids -> (B, count).
 
-    With fewer marked tokens than `count` the rest of a row is arbitrary.
+    Of equal scores the lower id is the better.
     """
-    masked = scores.masked_fill(~among, -math.inf)
-    return masked.sort(dim=1, descending=True, stable=True).indices[:, :count]
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    """CUDA has its own exception; the CPU's allocator raises a plain RuntimeError that only its text tells apart."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    among = among.sort(dim=1).values
+    order = scores.gather(1, among).sort(dim=1, descending=True, stable=True).indices
+    return among.gather(1, order[:, :count])
 
 
 def _cpu(tensor: Tensor | None) -> Tensor | None:

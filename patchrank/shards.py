@@ -22,6 +22,7 @@ from webdataset.tariterators import base_plus_ext
 
 from patchrank import storage
 from patchrank.errors import UserError
+from patchrank.images import max_bytes
 from patchrank.storage import one_line
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -33,6 +34,10 @@ LABEL_EXTENSIONS = ("cls", "json")  # likewise
 _READ_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, LookupError, OverflowError, MemoryError)
 _BUFFER = 4 << 20  # bytes a read: on an object store every read is one request
 _LABEL = re.compile(r"\s*[+-]?[0-9]{1,9}\s*")  # nine digits fit the 32 bits of a rankings file
+_LONG_HEADERS = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
+_MAX_TEXT = 1 << 20  # bytes of a label or of a header
 _QUERY = re.compile(r"\?\w+=.*")  # the options of a URI, as against `?` as a wildcard
 
 
@@ -91,7 +96,8 @@ def read(uri: str, limit: int | None = None) -> Iterator[Sample | Reject]:
     first in this order, so that a mask.png beside a photo.jpg is not taken for the image. The label is `cls` (decimal
     text) or else the field `label` of `json`. Hidden files and other extensions are ignored.
 
-    A `Reject` is a sample without an image or with an unreadable label, or one whose key was yielded before.
+    A `Reject` is a sample without an image, with an unreadable label or with a file that is larger than any image
+    within the limit on pixels (`images.max_bytes`), or one whose key was yielded before.
 
     Args:
         uri: a tar, plain or gzip (told by content, not by name), on disk, s3:// or gs://.
@@ -113,13 +119,13 @@ def read(uri: str, limit: int | None = None) -> Iterator[Sample | Reject]:
         samples = itertools.islice(_samples(stream), limit)
         for count in itertools.count():
             try:
-                key, files = next(samples, (None, {}))
+                key, files, problem = next(samples, (None, {}, None))
             except _READ_ERRORS as error:
                 reason = "truncated" if str(error) == "unexpected end of data" else one_line(error)  # tarfile's words
                 raise ShardError(f"{reason}, after {count} sample{'s' * (count != 1)}") from None
             if key is None:
                 return
-            sample = _sample(key, files, seen)
+            sample = Reject(key, problem) if problem else _sample(key, files, seen)
             if isinstance(sample, Sample):
                 seen.add(key)
             yield sample
@@ -205,7 +211,10 @@ class _Header(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         try:
-            return super().frombuf(buf, encoding, errors)
+            header = super().frombuf(buf, encoding, errors)
+            if header.type in _LONG_HEADERS and header.size > _MAX_TEXT:  # tarfile reads it in one piece
+                raise tarfile.ReadError(f"damaged: a header of {header.size} bytes")
+            return header
         except tarfile.HeaderError as error:
             if len(buf) < tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("truncated: no end-of-archive marker") from None
@@ -214,10 +223,11 @@ class _Header(tarfile.TarInfo):
             raise  # a zero block: the end of the archive
 
 
-def _samples(stream: io.BufferedReader) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Key and files by lower-case extension of each sample; the content of files that are not used is not read.
+def _samples(stream: io.BufferedReader) -> Iterator[tuple[str, dict[str, bytes], str | None]]:
+    """Key, files by lower-case extension, and what is wrong with them, of each sample.
 
-    A sample ends where the key changes or an extension comes again.
+    A sample ends where the key changes or an extension comes again. The content of files that are not used, or are too
+    large, is not read: a few bytes of a gzip can stand for any number.
     """
     start = stream.peek(2)[:2]
     if not start:
@@ -228,7 +238,7 @@ def _samples(stream: io.BufferedReader) -> Iterator[tuple[str, dict[str, bytes]]
         tar = tarfile.TarFile(fileobj=archive, tarinfo=_Header, encoding="utf-8", errors="backslashreplace")
     except tarfile.ReadError as error:  # in the first header
         raise tarfile.ReadError(f"not a tar, or {error}") from None
-    key, files = "", dict[str, bytes]()
+    key, files, problem = "", dict[str, bytes](), None
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
         name, extension = base_plus_ext(member.name)
@@ -236,13 +246,17 @@ def _samples(stream: io.BufferedReader) -> Iterator[tuple[str, dict[str, bytes]]
             continue
         extension = extension.lower()
         if files and (name != key or extension in files):
-            yield key, files
-            files = {}
-        key = name
-        content = tar.extractfile(member) if extension in IMAGE_EXTENSIONS + LABEL_EXTENSIONS else None
-        files[extension] = content.read() if content else b""
+            yield key, files, problem
+            files, problem = {}, None
+        key, files[extension] = name, b""
+        if extension in IMAGE_EXTENSIONS + LABEL_EXTENSIONS:
+            limit = max_bytes() if extension in IMAGE_EXTENSIONS else _MAX_TEXT
+            if member.size > limit:
+                problem = f"its {extension} of {member.size} bytes exceeds the limit of {limit}"
+            elif content := tar.extractfile(member):
+                files[extension] = content.read()
     if files:
-        yield key, files
+        yield key, files, problem
     if archive.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile itself asks for one zero block only
         raise tarfile.ReadError("truncated: half an end-of-archive marker")
     while block := archive.read(_BUFFER):  # to the end: gzip has its checksum there

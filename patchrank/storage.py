@@ -13,6 +13,14 @@ from pyarrow import fs
 
 from patchrank.errors import UserError
 
+# How often S3 is asked before an error is reported: with pauses that double, two minutes of a bucket that only fails.
+ATTEMPTS = 10
+_S3_OPTIONS = {
+    "connect_timeout": 10,  # seconds
+    "request_timeout": 20,  # seconds without a byte
+    "allow_delayed_open": True,  # one request for a small object instead of three, and no leftovers of a killed run
+}
+
 
 def is_local(uri: str) -> bool:
     """Whether the URI is a path of this machine (no scheme, or file://)."""
@@ -20,9 +28,20 @@ def is_local(uri: str) -> bool:
 
 
 def absolute(uri: str) -> str:
-    """The one spelling of a URI: a local path is absolute and has no scheme; no trailing slash."""
+    """The one spelling of a URI: a local path is absolute and has no scheme; no trailing slash.
+
+    Raises:
+        UserError: credentials in the URI, which would show in every log and table.
+    """
     if is_local(uri):
         return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
+    scheme, _, rest = uri.partition("://")
+    user, at, bucket = rest.partition("/")[0].rpartition("@")
+    if at and user != "anonymous":  # which is how gs:// asks to go without any
+        raise UserError(
+            f"{scheme}://{bucket}: credentials in a URI would show in logs and tables; put them into the environment "
+            "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or ~/.aws"
+        )
     path, mark, options = uri.partition("?")
     return path.rstrip("/") + mark + options
 
@@ -41,7 +60,7 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """
     if is_local(uri):
         return fs.LocalFileSystem(), absolute(uri)
-    parts = urlsplit(uri)
+    parts = urlsplit(absolute(uri))
     options = [parts.query] if parts.query else []
     if parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in parts.query:
         options.append("retry_limit_seconds=30")  # pyarrow's default is a quarter of an hour
@@ -53,9 +72,16 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
 @functools.lru_cache(maxsize=64)  # connecting to a bucket asks for its region: one request a bucket, not one a shard
 def _remote(bucket: str, query: str) -> fs.FileSystem:
     try:
-        return fs.FileSystem.from_uri(bucket + query)[0]
+        system = fs.FileSystem.from_uri(bucket + query)[0]
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{bucket}: cannot be opened ({one_line(error)}); use a path, s3:// or gs://") from None
+    if isinstance(system, fs.S3FileSystem):
+        # A URI cannot ask for these, so the file system is built again from what pickle would keep of it. Its own
+        # retries come every 0.2 s for 6 s: too fast for a bucket that throttles us, and over too soon.
+        _, (options,) = system.__reduce__()
+        retries = fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)  # pauses that double, up to 20 s, at random
+        system = fs.S3FileSystem(**options | {"retry_strategy": retries, **_S3_OPTIONS})
+    return system
 
 
 def one_line(error: BaseException) -> str:

@@ -109,27 +109,29 @@ class Tower(nn.Module):
         """Where the weights are."""
         return self.visual.proj.device
 
-    @torch.inference_mode()
-    def prefix(self, images: Tensor) -> Tensor:
+    def prefix(self, images: Tensor, extra: Tensor | None = None) -> Tensor:
         """Tokens before block `cut`.
 
         Args:
             images: (B, 3, H, W), preprocessed, any floating dtype.
+            extra: (b, D), further tokens that go through all blocks beside those of every image, after the patches.
 
         Returns:
-            (B, 1 + N, D) in the tower's dtype; the class token comes first, then the patches row by row.
+            (B, 1 + N + b, D) in the tower's dtype; the class token comes first, then the patches row by row. A gradient
+            flows to `extra` and to `images` where they ask for one; the tower's own weights never do.
         """
-        x = self.visual._embeds(images.to(self.device, self.dtype))  # (B, 1 + N, D)
+        x = self.visual._embeds(images.to(self.device, non_blocking=True).to(self.dtype))  # (B, 1 + N, D)
+        if extra is not None:
+            x = torch.cat([x, extra.to(x.dtype).expand(len(x), -1, -1)], dim=1)  # (B, 1 + N + b, D)
         for block in self.visual.transformer.resblocks[: self.cut]:
             x = _block(block, x)
         return x
 
-    @torch.inference_mode()
     def suffix(self, tokens: Tensor, kept: Tensor | None = None, image: Tensor | None = None) -> Tensor:
         """Embeddings of images of which only some tokens go past the cut.
 
         Args:
-            tokens: (B, 1 + N, D) from `prefix`.
+            tokens: (B, 1 + N + b, D) from `prefix`; the b tokens after the patches always stay.
             kept: (C, n) int64 token ids in 0 .. N-1; all tokens where None.
             image: (C,) int64, the row of `tokens` that each row of `kept` belongs to; row c where None (then C = B).
 
@@ -137,11 +139,13 @@ class Tower(nn.Module):
             (C, E) float32 (float64 for a float64 tower), not normalised, as `encode_image` gives them.
         """
         if kept is None:
-            x = tokens if image is None else tokens[image]  # (C, 1 + N, D)
+            x = tokens if image is None else tokens[image]  # (C, 1 + N + b, D)
         else:
             rows = torch.arange(kept.shape[0], device=kept.device) if image is None else image
             positions = F.pad(kept + 1, (1, 0))  # (C, 1 + n): the class token, position 0, always stays
-            x = tokens[rows[:, None], positions]  # (C, 1 + n, D)
+            extra = torch.arange(1 + self.num_tokens, tokens.shape[1], device=kept.device)  # (b,)
+            positions = torch.cat([positions, extra.expand(len(kept), -1)], dim=1)  # (C, 1 + n + b)
+            x = tokens[rows[:, None], positions]  # (C, 1 + n + b, D)
         blocks = self.visual.transformer.resblocks
         for block in blocks[self.cut : -1]:
             x = _block(block, x)
@@ -149,14 +153,27 @@ class Tower(nn.Module):
         x = self.visual.ln_post(x.to(self.visual.proj.dtype))
         return x @ self.visual.proj  # (C, E)
 
+    def prefix_multiply_adds(self) -> int:
+        """Exact multiply-adds of `prefix` for an image; norms and activations not counted."""
+        patches = self.visual.conv1.weight.numel() * self.num_tokens
+        return patches + self.cut * self._block_multiply_adds(1 + self.num_tokens)
+
     def suffix_multiply_adds(self, kept: int) -> int:
         """Exact multiply-adds of `suffix` for a candidate of `kept` patch tokens; norms and activations not counted."""
-        n, d, hidden = kept + 1, self.width, self.visual.transformer.resblocks[0].mlp.c_fc.out_features
-        block = (4 * d * d + 2 * d * hidden) * n + 2 * n * n * d
-        last = (
-            2 * d * d * n + 2 * d * d + 2 * n * d + 2 * d * hidden
-        )  # keys and values of all, the rest of the class token
-        return (len(self.visual.transformer.resblocks) - self.cut - 1) * block + last + d * self.embed_dim
+        n, d, hidden = kept + 1, self.width, self._hidden
+        # The last block: keys and values of all tokens, the rest of the class token alone.
+        last = 2 * d * d * n + 2 * d * d + 2 * n * d + 2 * d * hidden
+        blocks = len(self.visual.transformer.resblocks) - self.cut - 1
+        return blocks * self._block_multiply_adds(n) + last + d * self.embed_dim
+
+    def _block_multiply_adds(self, n: int) -> int:
+        """Of one whole block on sequences of n tokens."""
+        d = self.width
+        return (4 * d * d + 2 * d * self._hidden) * n + 2 * n * n * d
+
+    @property
+    def _hidden(self) -> int:
+        return self.visual.transformer.resblocks[0].mlp.c_fc.out_features
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings of whole images, (B, 3, H, W) -> (B, E): the unpruned model."""

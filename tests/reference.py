@@ -42,6 +42,77 @@ def token_score(name, embedding, full, classes, logit_scale, label):
     return (likely.max() if name == "confidence" else likely[label]).item()
 
 
+def steps(config, num_tokens):
+    """For each step of a search how many tokens leave."""
+    goal = num_tokens - math.floor(config.keep * num_tokens + 0.5)
+    counts = []
+    while not counts or (sum(counts) < goal and (config.steps is None or len(counts) < config.steps)):
+        counts.append(min(config.remove_per_step, goal - sum(counts)))
+    return counts
+
+
+def by_scores(config, everything, blocks, embedding_of, score_of):
+    alive = set(everything)
+    scores, step, gone, candidates = {}, dict.fromkeys(everything, 0), [], 0
+    for number, count in enumerate(steps(config, len(everything)), start=1):
+        wanted = alive
+        if number > 1 and config.rescore is not None:
+            order = sorted(alive, key=lambda token: (-scores[token], token))
+            wanted = set(order[: config.rescore * config.remove_per_step])
+        heard = {token: [] for token in wanted}
+        for block in blocks:
+            if block & wanted:
+                candidates += 1
+                value = score_of(embedding_of(alive - block))
+                for token in block & wanted:
+                    heard[token].append(value)
+        for token, values in heard.items():
+            scores[token] = sum(values) / len(values)
+        for token in sorted(wanted, key=lambda token: (-scores[token], token))[:count]:
+            gone.append(token)
+            step[token] = number
+            alive = alive - {token}
+    gone += sorted(alive, key=lambda token: (-scores[token], token))
+    return gone, scores, step, candidates
+
+
+def by_effects(config, everything, blocks, embedding_of, score_of):
+    alive = set(everything)
+    now = embedding_of(alive)
+    effects, scores, step, gone, candidates = {}, {}, dict.fromkeys(everything, 0), [], 0
+    for number, count in enumerate(steps(config, len(everything)), start=1):
+        wanted = alive
+        if number > 1 and config.rescore is not None:
+            order = sorted(alive, key=lambda token: (-score_of(now + effects[token]), token))
+            wanted = set(order[: config.rescore * config.remove_per_step])
+        heard = {token: [] for token in wanted}
+        for block in blocks:
+            if block & wanted:
+                candidates += 1
+                change = embedding_of(alive - block) - now
+                for token in block & wanted:
+                    heard[token].append(change / len(block & alive))
+        for token, values in heard.items():
+            effects[token] = sum(values) / len(values)
+        for _ in range(count):
+            token = min(alive, key=lambda token: (-score_of(now + effects[token]), token))
+            scores[token] = score_of(now + effects[token])
+            now = now + effects[token]
+            gone.append(token)
+            step[token] = number
+            alive = alive - {token}
+        if config.steps != 1:
+            now = embedding_of(alive)
+            candidates += 1
+    while alive:
+        token = min(alive, key=lambda token: (-score_of(now + effects[token]), token))
+        scores[token] = score_of(now + effects[token])
+        now = now + effects[token]
+        gone.append(token)
+        alive = alive - {token}
+    return gone, scores, step, candidates
+
+
 @torch.no_grad()
 def search(visual, image, config, cut, classes=None, logit_scale=100.0, label=None, keep_rates=()):
     """One image's ranking, score and step by token id, and per keep rate (cosine, prediction, confidence)."""
@@ -56,32 +127,15 @@ def search(visual, image, config, cut, classes=None, logit_scale=100.0, label=No
             side = range(config.block)
             blocks.append({(row + i) * columns + column + j for i in side for j in side})
 
-    alive = set(everything)
-    scores, step, gone = {}, dict.fromkeys(everything, 0), []
-    goal = len(alive) - math.floor(config.keep * len(alive) + 0.5)
-    candidates = number = 0
-    while number == 0 or (len(gone) < goal and (config.steps is None or number < config.steps)):
-        number += 1
-        wanted = alive
-        if number > 1 and config.rescore is not None:
-            order = sorted(alive, key=lambda token: (-scores[token], token))
-            wanted = set(order[: config.rescore * config.remove_per_step])
-        heard = {token: [] for token in wanted}
-        for block in blocks:
-            if block & wanted:
-                candidates += 1
-                embedding = embed(visual, start, alive - block)
-                value = token_score(config.score, embedding, full, classes, logit_scale, label)
-                for token in block & wanted:
-                    heard[token].append(value)
-        for token, values in heard.items():
-            scores[token] = sum(values) / len(values)
-        for token in sorted(wanted, key=lambda token: (-scores[token], token))[: config.remove_per_step]:
-            if len(gone) < goal:
-                gone.append(token)
-                step[token] = number
-                alive = alive - {token}
-    gone += sorted(alive, key=lambda token: (-scores[token], token))
+    find = by_effects if config.rank_by == "effects" else by_scores
+
+    def embedding_of(kept):
+        return embed(visual, start, kept)
+
+    def score_of(embedding):
+        return token_score(config.score, embedding, full, classes, logit_scale, label)
+
+    gone, scores, step, candidates = find(config, set(everything), blocks, embedding_of, score_of)
     ranking = gone[::-1]
 
     pruned = []

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import boto3
 import pytest
@@ -32,6 +34,38 @@ def s3_endpoint() -> Iterator[str]:
         port = process.stdout.readline().strip()
         assert port, "the S3 server did not start; is moto[server] installed?"
         yield f"http://127.0.0.1:{port}"
+
+
+class Faults:
+    """A proxy before the S3 server that makes it fail: see faulty_proxy.py."""
+
+    def __init__(self, folder: Path, endpoint: str) -> None:
+        self._folder = folder
+        self.endpoint = endpoint
+
+    def set(self, *rules: dict[str, object]) -> None:
+        """From now on these, counted anew; and the list of requests begins anew."""
+        for name, text in (("faults.json", json.dumps(rules)), ("requests.jsonl", "")):
+            (self._folder / f"{name}.new").write_text(text)
+            (self._folder / f"{name}.new").replace(self._folder / name)
+
+    def requests(self) -> list[dict[str, object]]:
+        """What has been asked since: "method", "path", "fault" and "time" of each."""
+        return [json.loads(line) for line in (self._folder / "requests.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def s3_faults(s3_endpoint: str, tmp_path: Path) -> Iterator[Faults]:
+    """A faulty proxy before the server; who wants its faults has AWS_ENDPOINT_URL set to its `endpoint`."""
+    folder = tmp_path / "faults"
+    folder.mkdir()
+    script = Path(__file__).with_name("faulty_proxy.py")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, str(script), s3_endpoint, str(folder)], text=True, **pipes) as process:
+        faults = Faults(folder, f"http://127.0.0.1:{process.stdout.readline().strip()}")
+        faults.set()
+        yield faults
+        process.kill()
 
 
 @pytest.fixture

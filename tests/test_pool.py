@@ -80,9 +80,10 @@ def test_actors_without_room_are_not_waited_for(tmp_path):
 def test_progress_is_heard_while_an_actor_works(tmp_path):
     pool = Pool(Worker, tmp_path, size=1, cpus=1, gpus=0)
     heard = []
-    assert dict(pool.run("work", ["slow"], "", tick=lambda: heard.extend(pool.progress()))) == {"slow": "slow"}
-    assert heard and all(isinstance(pid, int) for pid in heard)
-    assert pool.progress() == []
+    assert dict(pool.run("work", ["slow"], "", tick=lambda: heard.append(pool.running()))) == {"slow": "slow"}
+    assert any(isinstance(running.get("slow"), int) for running in heard)
+    assert all(running.keys() <= {"slow"} for running in heard)  # none before the actor is up
+    assert pool.running() == {}
 
 
 def test_when_no_actor_can_start_one_line_says_why(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,9 @@ import webdataset as wds
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
-from patchrank.ranker import Progress, ShardRanker, class_sums
+from patchrank.loader import Batch, ahead
+from patchrank.progress import Progress
+from patchrank.ranker import ShardRanker, class_sums
 from patchrank.search import SearchConfig, Searcher
 from patchrank.vit import Tower
 
@@ -58,3 +62,21 @@ def test_the_limit_counts_samples(small_clip, shard):
     searcher = Searcher(Tower(small_clip().visual), SearchConfig())
     ranked = ShardRanker(searcher, to_tensor, limit=4).rank(shard[0])
     assert ranked.table["key"].to_pylist() == ["0", "1", "2"] and len(ranked.rejects) == 1
+
+
+def test_the_next_batch_is_made_while_this_one_is_worked_on():
+    begun = [threading.Event() for _ in range(3)]
+
+    def made():
+        for number, event in enumerate(begun):
+            event.set()
+            yield Batch([str(number)], torch.zeros(1, 3, 4, 4), [None], 0.0)
+        raise OSError("the shard ends here")
+
+    found = ahead(made(), pin=False)
+    assert next(found).keys == ["0"]
+    assert begun[1].wait(timeout=60) and not begun[2].is_set()  # one ahead, not more
+    assert next(found).keys == ["1"]
+    assert next(found).keys == ["2"]
+    with pytest.raises(OSError, match="the shard ends here"):
+        next(found)

@@ -8,8 +8,9 @@ import pytest
 import reference
 import torch
 
+from patchrank.candidates import block_cover
 from patchrank.errors import UserError
-from patchrank.search import SearchConfig, Searcher, block_cover, tokens_kept
+from patchrank.search import SearchConfig, Searcher, tokens_kept
 from patchrank.vit import Tower
 
 KEEP_RATES = (0.8, 0.5, 0.3)
@@ -43,18 +44,47 @@ def agree(model, config, cut=1, images=3, chunk=7, logit_scale=3.0):
 
 @pytest.mark.parametrize("score", ["preservation", "confidence", "label"])
 @pytest.mark.parametrize("block", [1, 2, 3])
+@pytest.mark.parametrize("rank_by", ["effects", "scores"])
 @pytest.mark.parametrize(
     "how",
     [
         {"steps": 1},
-        {"rescore": None, "remove_per_step": 3},  # 10 tokens leave: the last step is uneven
-        {"rescore": 1, "remove_per_step": 4},
+        {"rescore": None, "remove_per_step": 3, "keep": 0.5},  # 10 tokens leave: the last step is uneven
+        {"rescore": 1, "remove_per_step": 4, "keep": 0.5},
         {"rescore": 2, "remove_per_step": 3, "keep": 0.33},
     ],
     ids=["one-shot", "exact", "lazy-1", "lazy-2"],
 )
-def test_agrees_with_reference(small_clip, score, block, how):
-    agree(small_clip(torch.float64), SearchConfig(score=score, block=block, **how), images=2)
+def test_agrees_with_reference(small_clip, score, block, rank_by, how):
+    agree(small_clip(torch.float64), SearchConfig(score=score, block=block, rank_by=rank_by, **how), images=2)
+
+
+@pytest.mark.parametrize("score", ["preservation", "confidence", "label"])
+@pytest.mark.parametrize("block", [1, 2])
+def test_the_search_that_scores_once_agrees(small_clip, score, block):
+    agree(small_clip(torch.float64), SearchConfig(score=score, block=block, rescore=0, remove_per_step=3), images=2)
+
+
+@pytest.mark.parametrize("rank_by", ["effects", "scores"])
+@pytest.mark.parametrize("rescore", [0, 2, None])
+def test_what_a_search_will_cost_is_known(small_clip, rank_by, rescore):
+    if rank_by == "scores" and rescore == 0:
+        return
+    config = SearchConfig(rank_by=rank_by, rescore=rescore, remove_per_step=3, keep=0.3)
+    tower = Tower(small_clip().visual)
+    sizes = []
+    suffix = tower.suffix
+
+    def counted(tokens, kept=None, image=None):
+        sizes.extend([] if kept is None else [kept.shape[1]] * len(kept))
+        return suffix(tokens, kept, image)
+
+    tower.suffix = counted
+    found = Searcher(tower, config, chunk=5).search(torch.randn(1, 3, 16, 20))
+    cost = config.cost(tower.grid)
+    assert sum(step.candidates for step in cost) == found.candidates
+    assert [step.kept for step in cost for _ in range(step.candidates)] == sizes
+    assert sum(step.removed for step in cost) == 14
 
 
 @pytest.mark.parametrize("cut", [0, 2, 3])
@@ -87,7 +117,8 @@ def test_batch_and_chunk_do_not_matter(small_clip):
 
 def test_ranking_is_consistent_with_steps_and_scores(small_clip):
     tower = Tower(small_clip().visual)
-    found = Searcher(tower, SearchConfig(keep=0.5, remove_per_step=3)).search(torch.randn(4, 3, 16, 20))
+    config = SearchConfig(keep=0.5, remove_per_step=3, rescore=2, rank_by="scores")
+    found = Searcher(tower, config).search(torch.randn(4, 3, 16, 20))
     for ranking, score, step in zip(found.ranking, found.score, found.step, strict=True):
         assert sorted(ranking.tolist()) == list(range(20))
         assert step.bincount().tolist() == [10, 3, 3, 3, 1]
@@ -118,7 +149,7 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(small_clip):
     tower.suffix = small_memory
     searcher = Searcher(tower, SearchConfig(), chunk=16)
     found = searcher.search(images)
-    assert searcher.chunk == 2
+    assert searcher.candidates.chunk == 2
     assert torch.equal(found.ranking, expected.ranking)
     assert found.candidates == expected.candidates
 
@@ -167,7 +198,9 @@ def test_tokens_kept_rounds_half_up():
         ({"steps": 0}, "--steps 0"),
         ({"remove_per_step": 0}, "--remove-per-step 0"),
         ({"block": 0}, "--block 0"),
-        ({"rescore": 0}, "--rescore 0"),
+        ({"rescore": -1}, "--rescore -1"),
+        ({"rank_by": "scores"}, "--rank-by scores needs --rescore"),
+        ({"rank_by": "size"}, "--rank-by size"),
     ],
 )
 def test_bad_settings_are_named(settings, word):

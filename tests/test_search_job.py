@@ -2,90 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
 import subprocess
-import sys
-import time
-from pathlib import Path
 
 import boto3
 import numpy as np
-import psutil
-import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 from PIL import Image
-from safetensors.torch import save_file
+from tiny_search import SLOW, actors, command, search, tables, wait_for
 
 from patchrank import rankings
 
-pytest_plugins = ["s3"]
-
-ROOT = Path(__file__).parent.parent
-CLASSES = ["ant", "bee", "cat"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A small CLIP with random weights, class names, and six shards of twelve random images."""
-    import open_clip
-    import torch
-
-    folder = tmp_path_factory.mktemp("data")
-    config = {
-        "model_cfg": {
-            "embed_dim": 24,
-            "vision_cfg": {"layers": 4, "width": 32, "head_width": 8, "patch_size": 4, "image_size": 24},
-            "text_cfg": {"context_length": 8, "width": 8, "heads": 1, "layers": 1},
-        },
-        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
-    }
-    (folder / "model").mkdir()
-    (folder / "model" / "open_clip_config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    model = open_clip.create_model(f"local-dir:{folder / 'model'}")
-    save_file(model.state_dict(), str(folder / "model" / "open_clip_model.safetensors"))
-    (folder / "classes.json").write_text(json.dumps(CLASSES))
-    random = np.random.default_rng(0)
-    for shard in range(6):
-        with wds.TarWriter(str(folder / f"images-{shard}.tar")) as writer:
-            for number in range(12):
-                pixels = random.integers(0, 256, (24, 24, 3), dtype=np.uint8)
-                writer.write({"__key__": f"{shard}-{number}", "png": Image.fromarray(pixels), "cls": number % 3})
-    return folder
-
-
-def command(data, out, *flags, shards="images-{0..5}.tar"):
-    """jobs/search.py on shards of the data folder; another place is given as an absolute path or a URI."""
-    uri = str(shards) if "://" in str(shards) else str(data / shards)
-    return [
-        sys.executable, str(ROOT / "jobs" / "search.py"), "--address", "local", "--cpus-per-actor", "1",
-        "--model", f"local-dir:{data / 'model'}", "--shards", uri, "--classes", str(data / "classes.json"),
-        "--out", str(out), "--dtype", "float32", *flags,
-    ]  # fmt: skip
-
-
-def search(data, out, *flags, **named):
-    return subprocess.run(command(data, out, *flags, **named), capture_output=True, text=True, timeout=300)
-
-
-def tables(out):
-    """Every table of a folder by file name, as rows."""
-    return {path.name: pq.read_table(path).to_pylist() for path in sorted(Path(out).glob("*.parquet"))}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(data, tmp_path_factory):
-    """The folder of a search by one actor that nothing disturbed."""
-    out = tmp_path_factory.mktemp("undisturbed") / "rankings"
-    done = search(data, out, "--actors", "1")
-    assert done.returncode == 0, done.stderr
-    assert "72 ranked, 0 rejected" in done.stdout
-    assert "jobs/query.py" in done.stdout
-    return out
+pytest_plugins = ["s3", "tiny_results"]
 
 
 def test_every_image_has_its_row(undisturbed):
@@ -102,33 +33,6 @@ def test_three_actors_make_the_same_tables(data, undisturbed, tmp_path):
     done = search(data, tmp_path / "out", "--actors", "3")
     assert done.returncode == 0, done.stderr
     assert tables(tmp_path / "out") == tables(undisturbed)
-
-
-def actors(process):
-    """The ranking actors of a search."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if "ray::RankingActor" in " ".join(child.cmdline())]
-
-
-def wait_for(condition, process, seconds=120):
-    """Wait until something happens while the process runs."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and process.poll() is None:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise AssertionError(f"did not happen; the search says:\n{process.communicate(timeout=60)}")
-
-
-# Enough work (every token scored again for every one that leaves) that there is a half-way to kill something at.
-SLOW = ("--rescore", "all", "--remove-per-step", "1", "--keep", "0")
-
-
-@pytest.fixture(scope="module")
-def slow(data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("slow") / "rankings"
-    assert search(data, out, *SLOW, "--actors", "1").returncode == 0
-    return out
 
 
 def test_a_killed_actor_costs_no_row(data, slow, tmp_path):
@@ -292,18 +196,3 @@ def test_bad_input_is_one_line_and_changes_nothing(data, undisturbed, tmp_path, 
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0]
     assert {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()} == before
-
-
-def test_a_full_disk_stops_the_search_with_one_line_and_no_half_written_file(data, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    # A disk of two pages of our own: search.json fits, and so do the class embeddings, but no table.
-    mount = f'mount -t tmpfs -o size=8k none {out} && "$@"; status=$?; ls -A {out}; exit $status'
-    room = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
-    if subprocess.run([*room, f"mount -t tmpfs none {out}"], capture_output=True).returncode:
-        pytest.skip("this system lets nobody but root mount a disk")
-    full = [*room, mount, "search", *command(data, out, "--actors", "1")]
-    done = subprocess.run(full, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "No space left on device" in done.stderr and "Traceback" not in done.stderr
-    assert done.stdout.split() == ["classes.safetensors", "search.json"]

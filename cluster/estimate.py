@@ -1,0 +1,120 @@
+"""What a search will cost, told before anything is written."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import ray
+
+from cluster.actor import Plan, RankingActor, Shared, Timing
+from cluster.places import Places, connected
+from cluster.pool import Failed, Pool
+from cluster.rank import SearchJob, images_per_batch
+from patchrank import models, rankings, shards, storage
+from patchrank.errors import UserError
+from patchrank.estimate import bytes_per_image, multiply_adds
+from patchrank.search import Searcher
+from patchrank.vit import Tower
+
+SECONDS = 5.0  # of timing an actor
+SAMPLED_SHARDS = 8
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The cost of a search.
+
+    Attributes:
+        shards, finished: of the job, and of these those that have their rankings.
+        images: that are left to rank, from the mean of `sampled` shards.
+        sampled: how many shards were counted.
+        candidates, multiply_adds: an image.
+        image_seconds: of one actor.
+        places: the actors that there is room for.
+        seconds: until the last shard is done.
+        device_hours: of all actors together.
+        bytes: of Parquet.
+        memory, gpu_memory: peak of an actor, in bytes.
+    """
+
+    shards: int
+    finished: int
+    images: int
+    sampled: int
+    candidates: int
+    multiply_adds: int
+    image_seconds: float
+    places: Places
+    seconds: float
+    device_hours: float
+    bytes: int
+    memory: int
+    gpu_memory: int
+
+
+def estimate(job: SearchJob) -> Estimate:
+    """Time the search on the actors that will run it, on images of the job, all at once; nothing is written.
+
+    The timing leaves out class probabilities, and reading and decoding, which go on beside a GPU's work.
+
+    Raises:
+        UserError: bad input, or a sampled shard that cannot be read.
+    """
+    uris = shards.expand(job.shards)
+    model = models.load(job.model, job.pretrained)
+    folder = storage.absolute(job.out)
+    done = rankings.finished(folder, uris) if storage.exists(folder) else set()
+    todo = [uri for uri in uris if uri not in done]
+    flags = (job.address, job.actors, job.cpus_per_actor, job.gpus_per_actor)
+    with connected(*flags, shards=len(uris)) as places:
+        tower = Tower(model.visual, job.cut, models.resolve_dtype(job.dtype, places.gpu), name=job.model)
+        config = replace(job.config, score="preservation")
+        searcher = Searcher(tower, config, keep_rates=job.keep_rates)
+        actors = min(places.actors, len(todo))
+        shared = Shared(ray.put(tower), ray.put(model.preprocess()), places, job.max_pixels)
+        plan = Plan(
+            folder=folder,
+            fingerprint="",
+            config=config,
+            keep_rates=tuple(job.keep_rates),
+            classes=None,
+            logit_scale=model.logit_scale,
+            images_per_batch=images_per_batch(job, places),
+            candidates_per_batch=job.candidates_per_batch,
+            limit=job.limit,
+        )
+        timings = []
+        if todo:
+            pool = Pool(RankingActor, shared, actors, places.cpus, places.gpus, (), places.room)
+            sample = todo[:: math.ceil(len(todo) / SAMPLED_SHARDS)]
+            for uri, found in pool.run("estimate", sample, ray.put(plan), SECONDS):
+                if isinstance(found, Failed):
+                    raise UserError(f"{uri}: {found.reason}")
+                timings.append(found)
+    return _sum(job, searcher, places, len(uris), len(todo), timings)
+
+
+def _sum(
+    job: SearchJob, searcher: Searcher, places: Places, all_shards: int, todo: int, timings: list[Timing]
+) -> Estimate:
+    samples = sum(timing.samples for timing in timings) / max(1, len(timings))  # of a shard
+    seconds = sum(timing.seconds for timing in timings) / max(1, len(timings))  # of an image
+    tower = searcher.tower
+    images = round(samples * todo)
+    return Estimate(
+        shards=all_shards,
+        finished=all_shards - todo,
+        images=images,
+        sampled=len(timings),
+        candidates=sum(step.candidates for step in searcher.config.cost(tower.grid)),
+        multiply_adds=multiply_adds(searcher),
+        image_seconds=seconds,
+        places=places,
+        # Shards are not split: the last actors to finish have as many as anyone.
+        seconds=math.ceil(todo / max(1, min(places.actors, todo))) * samples * seconds,
+        device_hours=images * seconds / 3600,
+        bytes=round(images * bytes_per_image(tower.num_tokens, job.keep_rates)),
+        memory=max((timing.memory for timing in timings), default=0),
+        gpu_memory=max((timing.gpu_memory for timing in timings), default=0),
+    )

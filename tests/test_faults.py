@@ -1,0 +1,201 @@
+"""What a search survives, and that it tells the truth where it does not: as a user runs it, on real Ray processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+
+import psutil
+import pytest
+from ray.cluster_utils import Cluster
+from tiny_search import SLOW, actors, command, search, tables, wait_for
+
+pytest_plugins = ["tiny_results"]
+
+# A node is given up when it does not answer five times in a row for two seconds; Ray's own settings make it a minute.
+CHECKS = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 5,
+}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray cluster whose head has no room for actors; tests bring their own nodes."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": CHECKS})
+    yield cluster
+    cluster.shutdown()
+
+
+@contextlib.contextmanager
+def node(cluster):
+    """A node with room for one actor: its raylet's process."""
+    added = cluster.add_node(num_cpus=1)
+    raylet = psutil.Process(added.all_processes["raylet"][0].process.pid)
+    family = [raylet]
+    try:
+        yield raylet
+    finally:
+        with contextlib.suppress(psutil.Error):
+            family += raylet.children(recursive=True)
+        for process in family:
+            with contextlib.suppress(psutil.Error):
+                process.kill()  # those that are stopped, too
+        cluster.remove_node(added, allow_graceful=False)
+
+
+def actors_on(raylet):
+    """The ranking actors of a node."""
+    with contextlib.suppress(psutil.Error):
+        return [child for child in raylet.children() if "ray::RankingActor" in " ".join(child.cmdline())]
+    return []
+
+
+@contextlib.contextmanager
+def started(*arguments):
+    """A search under way."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command(*arguments), stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def ends_well(process):
+    stdout, stderr = process.communicate(timeout=900)
+    assert process.returncode == 0, stderr
+    return stdout
+
+
+def test_a_node_that_joins_takes_over_from_one_that_is_lost(cluster, data, slow, tmp_path):
+    out = tmp_path / "out"
+    with node(cluster) as first, started(data, out, *SLOW, "--address", cluster.address) as process:
+        wait_for(lambda: tables(out), process)
+        with node(cluster) as second:
+            wait_for(lambda: actors_on(second), process)
+            first.kill()
+            ends_well(process)
+    assert tables(out) == tables(slow)
+
+
+def test_a_node_that_hangs_does_not_hold_up_the_search(cluster, data, slow, tmp_path):
+    out = tmp_path / "out"
+    flags = (*SLOW, "--address", cluster.address, "--actors", "2")
+    with node(cluster) as first, node(cluster) as second, started(data, out, *flags) as process:
+        wait_for(lambda: tables(out) and actors_on(first) and actors_on(second), process)
+        for part in (first, *first.children(recursive=True)):
+            part.send_signal(signal.SIGSTOP)
+        ends_well(process)
+        assert first.status() == psutil.STATUS_STOPPED
+    assert tables(out) == tables(slow)
+
+
+def test_a_killed_driver_frees_the_cluster_and_the_next_goes_on(cluster, data, slow, tmp_path):
+    out = tmp_path / "out"
+    flags = (*SLOW, "--address", cluster.address)
+    with node(cluster) as place:
+        with started(data, out, *flags) as process:
+            wait_for(lambda: tables(out), process)
+            process.kill()
+            assert process.wait() == -signal.SIGKILL
+        end = time.monotonic() + 120
+        while actors_on(place):
+            assert time.monotonic() < end, "the driver's actors outlive it"
+            time.sleep(0.2)
+        kept = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
+        assert 0 < len(kept) < 6
+        done = search(data, out, *flags)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(kept)} of 6 were finished before" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert tables(out) == tables(slow)
+
+
+def test_a_shard_that_kills_its_actor_is_set_aside_and_the_others_are_done(data, slow, tmp_path):
+    out, killed = tmp_path / "out", []
+    poison = str(data / "images-2.tar")
+
+    def kill_whoever_reads_it(process):
+        while process.poll() is None:
+            with contextlib.suppress(psutil.Error):
+                for actor in actors(process):
+                    if any(file.path == poison for file in actor.open_files()):
+                        actor.kill()
+                        actor.wait()
+                        killed.append(actor.pid)
+            time.sleep(0.005)
+
+    with started(data, out, *SLOW, "--actors", "2") as process:
+        killer = threading.Thread(target=kill_whoever_reads_it, args=[process])
+        killer.start()
+        _, stderr = process.communicate(timeout=900)
+        killer.join()
+    assert process.returncode == 1
+    assert (
+        re.search(rf"^error: {poison}: its worker died 3 times: ", stderr, re.MULTILINE) and "Traceback" not in stderr
+    )
+    assert len(killed) == 3
+    expected = {name: table for name, table in tables(slow).items() if not name.startswith("images-2-")}
+    assert len(expected) == 5 and tables(out) == expected
+    assert [path.name.rsplit("-", 1)[0] for path in (out / "failed").iterdir()] == ["images-2"]
+
+
+def test_a_disk_that_fills_up_stops_the_search_which_goes_on_when_there_is_room(data, slow, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    # A disk of our own with room for some of the tables, and then for all.
+    script = f"""
+        mount -t tmpfs -o size=56k none {disk}
+        "$@"; echo status $?
+        find {disk} -type f | sort
+        mount -o remount,size=8m {disk}
+        "$@"; echo status $?
+        cp -r {disk}/out {tmp_path}/
+    """
+    room = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*room, f"mount -t tmpfs none {disk}"], capture_output=True).returncode:
+        pytest.skip("this system lets nobody but root mount a disk")
+    full = [*room, script, "search", *command(data, disk / "out", *SLOW, "--actors", "1")]
+    done = subprocess.run(full, capture_output=True, text=True, timeout=900)
+    assert re.findall(r"^status (\d+)$", done.stdout, re.MULTILINE) == ["2", "0"], done.stdout + done.stderr
+    files = [line for line in done.stdout.splitlines() if line.startswith(str(disk))]
+    assert "No space left on device" in done.stderr and "Traceback" not in done.stderr
+    assert 0 < sum("/out/images-" in name for name in files) < 6
+    assert not any(name.endswith(".tmp") for name in files)
+    assert tables(tmp_path / "out") == tables(slow)
+
+
+def test_a_folder_that_is_removed_stops_the_search_and_is_not_made_anew(data, slow, tmp_path):
+    out = tmp_path / "out"
+    with started(data, out, *SLOW, "--actors", "2") as process:
+        wait_for(lambda: tables(out), process)
+        while out.exists():
+            shutil.rmtree(out, ignore_errors=True)  # the search may be writing
+        _, stderr = process.communicate(timeout=900)
+    assert process.returncode == 2
+    assert f"error: {out}: " in stderr and "Traceback" not in stderr
+    assert not tables(out)
+    done = search(data, out, *SLOW, "--actors", "2")
+    assert done.returncode == 0, done.stderr
+    assert tables(out) == tables(slow)
+
+
+def test_a_table_that_is_taken_away_meanwhile_is_missed_in_the_end(data, slow, tmp_path):
+    out = tmp_path / "out"
+    with started(data, out, *SLOW, "--actors", "1") as process:
+        (first,) = wait_for(lambda: list(out.glob("*.parquet")), process)[:1]
+        os.unlink(first)
+        _, stderr = process.communicate(timeout=900)
+    assert process.returncode == 1
+    shard = data / f"{first.name.rsplit('-', 1)[0]}.tar"
+    assert f"error: {shard}: was ranked, but its table has since been taken out of the folder" in stderr
+    assert tables(out) == {name: table for name, table in tables(slow).items() if name != first.name}

@@ -1,0 +1,62 @@
+"""What the tiny search ranks, and undisturbed results to compare with: `pytest_plugins = ["tiny_results"]`."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import webdataset as wds
+from PIL import Image
+from safetensors.torch import save_file
+from tiny_search import SLOW, search
+
+CLASSES = ["ant", "bee", "cat"]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A small CLIP with random weights, class names, and six shards of twelve random images."""
+    import open_clip
+    import torch
+
+    folder = tmp_path_factory.mktemp("data")
+    config = {
+        "model_cfg": {
+            "embed_dim": 24,
+            "vision_cfg": {"layers": 4, "width": 32, "head_width": 8, "patch_size": 4, "image_size": 24},
+            "text_cfg": {"context_length": 8, "width": 8, "heads": 1, "layers": 1},
+        },
+        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
+    }
+    (folder / "model").mkdir()
+    (folder / "model" / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    model = open_clip.create_model(f"local-dir:{folder / 'model'}")
+    save_file(model.state_dict(), str(folder / "model" / "open_clip_model.safetensors"))
+    (folder / "classes.json").write_text(json.dumps(CLASSES))
+    random = np.random.default_rng(0)
+    for shard in range(6):
+        with wds.TarWriter(str(folder / f"images-{shard}.tar")) as writer:
+            for number in range(12):
+                pixels = random.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+                writer.write({"__key__": f"{shard}-{number}", "png": Image.fromarray(pixels), "cls": number % 3})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(data, tmp_path_factory):
+    """The folder of a search by one actor that nothing disturbed."""
+    out = tmp_path_factory.mktemp("undisturbed") / "rankings"
+    done = search(data, out, "--actors", "1")
+    assert done.returncode == 0, done.stderr
+    assert "72 ranked, 0 rejected" in done.stdout
+    assert "jobs/query.py" in done.stdout
+    return out
+
+
+@pytest.fixture(scope="session")
+def slow(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("slow") / "rankings"
+    assert search(data, out, *SLOW, "--actors", "1").returncode == 0
+    return out
