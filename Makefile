@@ -3,10 +3,17 @@ PYTHON ?= python3.11
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: search test lint clean
+.PHONY: search pipeline test lint clean
 
 search: $(VENV)/installed
 	$(PY) jobs/search.py
+
+# Search, predictor, tokens and their comparison on test images. Stopped at any time, it goes on where it was.
+pipeline: search
+	$(PY) jobs/search.py --model embedded --shards 'patchrank/assets/shards/test-*.tar.gz' --out test-rankings
+	$(PY) jobs/train_predictor.py
+	$(PY) jobs/train_tokens.py
+	$(PY) jobs/compare.py --predictor predictor --tokens tokens
 
 test: $(VENV)/installed
 	$(PY) -m pytest

@@ -1,0 +1,212 @@
+"""Training on Ray: one loop for every task, DeepSpeed inside Ray Train's TorchTrainer.
+
+A task says what is trained, on what and how it is judged (`cluster.training_worker.Task`); `train` does the rest. It
+leaves in the folder, beside what the task saves:
+
+    OUT/training.json    the settings of the training and their fingerprint
+    OUT/checkpoints/     Ray Train's; an interrupted run goes on from the last one
+    OUT/tensorboard/     the loss, the learning rate and the figures, by step
+    OUT/figures.json     the figures before and after; written last: a folder that has it is finished
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster import training_config, training_folder
+from cluster.places import connected
+from cluster.training_folder import Figures
+from cluster.training_progress import Board, StepMeter
+from cluster.training_worker import Plan, Task, work
+from patchrank import storage
+from patchrank.errors import UserError
+
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train, whatever it is; the flags that all training jobs share."""
+
+    out: str
+    epochs: float = 10.0
+    batch: int = 64  # samples a worker takes in at a time
+    accumulate: int = 1  # batches of each worker in a step
+    learning_rate: float = 1e-3
+    seed: int = 0
+    deepspeed: str | None = None  # JSON file; cluster/deepspeed.json where None
+    checkpoints: int = 5  # in the course of the training, each with the figures of that moment
+    max_failures: int = 3  # how often lost workers are replaced
+    address: str | None = None
+    workers: int | None = None
+    cpus_per_worker: int | None = None
+    gpus_per_worker: float | None = None
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """The outcome of `train`.
+
+    Attributes:
+        folder: where everything is.
+        steps: of the whole training.
+        resumed: the step from which this run went on; `steps` where nothing was left to do.
+        seconds: of this run.
+        before, after: the figures of the untrained and of the trained module.
+    """
+
+    folder: str
+    steps: int
+    resumed: int
+    seconds: float
+    before: Figures
+    after: Figures
+
+
+def train(task: Task, config: TrainingConfig) -> TrainingSummary:
+    """Train, or go on with a training that was interrupted in whatever way.
+
+    Raises:
+        UserError: bad input; a folder of another training; a loss that is not finite.
+        KeyboardInterrupt: Ctrl-C; the last checkpoint is kept.
+    """
+    _check(config)
+    folder = storage.absolute(config.out)
+    deepspeed = training_config.read(config.deepspeed)
+    task.steps_per_epoch(1)  # refuses what cannot be trained on, before Ray is started
+    flags = (config.address, config.workers, config.cpus_per_worker, config.gpus_per_worker)
+    with connected(*flags, shards=1) as places:  # without GPUs: one worker a machine, with all its cores
+        steps = max(1, round(config.epochs * task.steps_per_epoch(config.batch * config.accumulate * places.actors)))
+        settings = {
+            "task": task.settings(),
+            "steps": steps,
+            "batch": config.batch,
+            "accumulate": config.accumulate,
+            "workers": places.actors,  # the optimizer's state is kept in as many parts
+            "learning_rate": config.learning_rate,
+            "seed": config.seed,
+            "deepspeed": deepspeed,
+        }
+        automatic = {
+            "train_micro_batch_size_per_gpu": config.batch,
+            "gradient_accumulation_steps": config.accumulate,
+            "lr": config.learning_rate,
+            "enabled": places.gpu,  # of bf16
+            "total_num_steps": steps,
+            "warmup_num_steps": max(2, steps // 10),
+        }
+        filled = training_config.fill(deepspeed, automatic)
+        fingerprint = training_folder.prepare(folder, settings)
+        resumed, start = steps, time.monotonic()
+        if training_folder.figures(folder) is None:
+            # Beside the driver: no other machine that is lost can take it away.
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+            plan = Plan(
+                task=ray.put(task),
+                board=board,
+                folder=folder,
+                fingerprint=fingerprint,
+                steps=steps,
+                batch=config.batch,
+                accumulate=config.accumulate,
+                seed=config.seed,
+                checkpoints=config.checkpoints,
+                places=places,
+                deepspeed=filled,
+            )
+            resumed = _fit(plan, config.max_failures, task.name)
+        before, after = training_folder.figures(folder) or ({}, {})
+        return TrainingSummary(folder, steps, resumed, time.monotonic() - start, before, after)
+
+
+def _check(config: TrainingConfig) -> None:
+    for name in ("batch", "accumulate", "checkpoints", "workers", "cpus_per_worker"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    for name in ("epochs", "learning_rate"):
+        if not getattr(config, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0")
+    for name in ("max_failures", "gpus_per_worker"):
+        if (getattr(config, name) or 0) < 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 0")
+
+
+def _fit(plan: Plan, max_failures: int, title: str) -> int:
+    """Run the workers to their end, show meanwhile how far they are, and return the step at which they began."""
+    trainer = _trainer(plan, max_failures)
+    errors: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            errors.append(error)
+
+    # In the main thread Ray Train would take Ctrl-C for itself and end with status 0.
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    with contextlib.closing(StepMeter(title, plan.steps)) as meter:
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+            state = ray.get(plan.board.read.remote())
+            if state.failure:  # Ray Train would start the workers again, to fail again; they end with us
+                raise UserError(state.failure)
+            meter.show(state)
+    if errors:
+        raise _reason(errors[0], plan.folder) from None
+    return state.began or 0
+
+
+def _trainer(plan: Plan, max_failures: int) -> Any:
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # workers stay where they are, and relative paths keep their meaning
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.config import LoggingConfig
+
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    system, path = storage.resolve(plan.folder)
+    places = plan.places
+    return TorchTrainer(
+        work,
+        train_loop_config={"plan": plan},
+        scaling_config=ScalingConfig(
+            num_workers=places.actors,
+            use_gpu=places.gpu,
+            resources_per_worker={"CPU": places.cpus, **({"GPU": places.gpus} if places.gpu else {})},
+        ),
+        run_config=RunConfig(
+            name="checkpoints",
+            storage_path=path,
+            storage_filesystem=system,
+            failure_config=FailureConfig(max_failures=max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+
+
+def _reason(error: BaseException, folder: str) -> BaseException:
+    """Why Ray Train gave up, as one line where it was not a mistake in the code."""
+    from ray.exceptions import RayActorError
+    from ray.train import ControllerError, WorkerGroupError
+
+    if isinstance(error, ControllerError):
+        cause = storage.one_line(error.controller_failure)
+        return UserError(f"{folder}: {cause[:300]}; if its checkpoints are damaged, delete {folder}/checkpoints")
+    if isinstance(error, WorkerGroupError):
+        died = [cause for cause in error.worker_failures.values() if isinstance(cause, RayActorError)]
+        if died:
+            cause = str(died[0]).strip().splitlines()[-1].strip()
+            return UserError(f"workers died too often: {cause}; the same command goes on from the last checkpoint")
+    return error

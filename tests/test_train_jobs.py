@@ -1,0 +1,237 @@
+"""The training jobs from a search to the table, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import webdataset as wds
+from PIL import Image
+from safetensors.torch import save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cluster.rank import SearchJob, search
+from cluster.training_tasks import TokensTask, open_images
+from patchrank import predictor, prompts, rankings
+from patchrank.errors import UserError
+from patchrank.prompts import PromptedText, TokensConfig
+
+ROOT = Path(__file__).parent.parent
+CLASSES = ["dark", "bright"]
+
+
+def job(name):
+    """The main function of a job."""
+    sys.path.insert(0, str(ROOT / "jobs"))
+    try:
+        return __import__(name).main
+    finally:
+        sys.path.pop(0)
+
+
+def save_model(folder, **vision):
+    """A small CLIP with random weights; returns its name."""
+    config = {
+        "model_cfg": {
+            "embed_dim": 24,
+            "vision_cfg": {"layers": 4, "width": 32, "head_width": 8, "patch_size": 4, "image_size": 24, **vision},
+            "text_cfg": {"context_length": 16, "width": 8, "heads": 1, "layers": 1},
+        },
+        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
+    }
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    model = open_clip.create_model(f"local-dir:{folder}")
+    save_file(model.state_dict(), str(folder / "open_clip_model.safetensors"))
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A model, two shards of 40 images whose brightness is their class, and the rankings of both."""
+    folder = tmp_path_factory.mktemp("data")
+    name = save_model(folder / "model")
+    (folder / "classes.json").write_text(json.dumps(CLASSES))
+    random = np.random.default_rng(0)
+    for shard in range(2):
+        with wds.TarWriter(str(folder / f"images-{shard}.tar")) as writer:
+            for number in range(40):
+                pixels = random.integers(0, 128, (24, 24, 3)) + 127 * (number % 2)
+                image = Image.fromarray(pixels.astype(np.uint8))
+                writer.write({"__key__": f"{shard}-{number}", "png": image, "cls": number % 2})
+    done = search(
+        SearchJob(
+            [str(folder / "images-{0,1}.tar")],
+            str(folder / "rankings"),
+            name,
+            dtype="float32",
+            class_names=str(folder / "classes.json"),
+            prototypes=[str(folder / "images-0.tar")],
+        )
+    )
+    assert done.total("images") == 80 and not done.failures
+    return folder
+
+
+def flags(data, *more):
+    return ["--rankings", str(data / "rankings"), "--held-out", "0.2", "--dtype", "float32", *more]
+
+
+def test_from_rankings_to_the_table(data, tmp_path, capsys):
+    """With more workers than shards, and tokens before the cut kept on disk."""
+    cache, test = str(tmp_path / "cache"), str(data / "images-1.tar")
+    shared = ["--shards", str(data / "images-0.tar"), "--test", test, "--cache-features", cache, "--batch", "8"]
+    trained = ["--out", str(tmp_path / "predictor"), "--workers", "2", "--epochs", "20", "--learning-rate", "0.01"]
+    assert job("train_predictor")(flags(data, *shared, *trained)) == 0
+    printed = capsys.readouterr().out
+    assert "40 with a ranking, 0 without, 0 rankings without an image" in printed
+    assert f"next          python jobs/train_tokens.py --rankings {data / 'rankings'}" in printed
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1
+    learnt, record = predictor.load(str(tmp_path / "predictor"))
+    before, after = record["figures"]["before"], record["figures"]["after"]
+    assert learnt.config.grid == (6, 6)
+    assert {"held-out/matching rate at 18", "held-out/Kendall tau", "test/cosine at keep 0.5"} <= set(after)
+    assert after["held-out/Kendall tau"] > before["held-out/Kendall tau"]
+
+    trained = ["--predictor", str(tmp_path / "predictor"), "--out", str(tmp_path / "tokens"), "--workers", "1"]
+    more = ["--tokens", "4", "--keep", "0.5", "--epochs", "20"]
+    assert job("train_tokens")(flags(data, *shared, *trained, *more)) == 0
+    assert "jobs/compare.py" in capsys.readouterr().out
+    tokens, record = prompts.load(str(tmp_path / "tokens"))
+    before, after = record["figures"]["before"], record["figures"]["after"]
+    assert tokens.extra().shape == (4, 32)
+    assert after["test/top-1 at keep 0.5 with tokens"] > 0.9
+    assert after["test/top-1 at keep 0.5 without tokens"] == before["test/top-1 at keep 0.5 without tokens"]
+    losses = [event.value for event in EventAccumulator(str(tmp_path / "tokens/tensorboard")).Reload().Scalars("loss")]
+    assert sum(losses[-4:]) < sum(losses[:4]) / 2  # the mean of an epoch
+
+    learnt_from = ["--predictor", str(tmp_path / "predictor"), "--tokens", str(tmp_path / "tokens")]
+    compared = ["--rankings", str(data / "rankings"), "--shards", test, "--dtype", "float32", "--keep-rates", "0.5"]
+    assert job("compare")([*compared, *learnt_from]) == 0
+    printed = capsys.readouterr().out
+    blocks = [block.splitlines() for block in printed.split("\n\n")]
+    table = {
+        block[0].split(",")[0].split()[0]: {line[:17].strip(): line[17:] for line in block[1:]} for block in blocks[:3]
+    }
+    methods = ["unpruned", "golden", "class attention", "random", "predictor", "predictor, tokens"]
+    assert list(table["top-1"]) == methods
+    assert float(table["top-1"]["predictor, tokens"]) == pytest.approx(
+        100 * after["test/top-1 at keep 0.5 with tokens"], abs=0.1
+    )
+    assert float(table["cosine"]["golden"]) > float(table["cosine"]["random"])
+    assert "40 images" in printed
+
+
+@pytest.fixture(scope="module")
+def untrained(data, tmp_path_factory):
+    """A predictor for the model of the data, cut elsewhere."""
+    folder = tmp_path_factory.mktemp("untrained")
+    weights = rankings.open(str(data / "rankings")).settings["model"]["weights"]
+    learnt = predictor.Predictor(predictor.PredictorConfig((6, 6), 32))
+    predictor.save(str(folder / "same"), learnt, {"model": {"weights": weights, "cut": 1}})
+    predictor.save(str(folder / "cut"), learnt, {"model": {"weights": weights, "cut": 2}})
+    return folder
+
+
+def test_text_tokens_bring_their_class_embeddings(data, untrained, tmp_path, capsys):
+    """The task of --text in this process, as the training loop calls it."""
+    images, model = open_images(str(data / "rankings"), dtype="float32", held_out=0.2)
+    learnt, _ = predictor.load(str(untrained / "same"), images.tower, model.weights)
+    prompted = PromptedText(model, CLASSES, 4)
+    task = TokensTask(images, TokensConfig(32, 4, text_width=prompted.width), learnt, 0.5, prompted)
+    torch.manual_seed(0)
+    module = task.start(torch.device("cpu"))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.02)
+    losses = []
+    for batch, _ in zip(task.batches(0, 1, 16, 1, 0), range(30), strict=False):
+        loss = task.loss(module, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < sum(losses[:5])
+    after = task.evaluate(module, 0, 1, lambda tensor: tensor)
+    task.save(module, str(tmp_path), {}, after, [task.report()])
+
+    tokens, record = prompts.load(str(tmp_path), images.tower, model.weights)
+    assert tokens.text is not None and tokens.text.shape == (4, 8)
+    assert record["class_names"] == CLASSES and record["samples"]["joined"] == 80
+    compared = flags(data, "--predictor", str(untrained / "same"), "--tokens", str(tmp_path), "--keep-rates", "0.5")
+    assert job("compare")(compared) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("predictor, tokens"))
+    assert float(line.split()[-1]) == pytest.approx(100 * after["held-out/top-1 at keep 0.5 with tokens"], abs=0.1)
+    (tmp_path / "classes.safetensors").unlink()
+    with pytest.raises(UserError, match=r"classes\.safetensors is missing"):
+        job("compare")(compared)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (["--rankings", "{tmp}"], "search.json"),
+        (["--rankings", "{tmp}/absent"], "no such folder"),
+        (["--shards", "{tmp}/other.tar"], "name the shards as the search did"),
+        (["--model", "{tmp}/other"], "is of another model"),
+        (["--pretrained", "openai"], "--pretrained needs --model"),
+        (["--held-out", "1"], "--held-out"),
+        (["--held-out", "1.5"], "--held-out 1.5"),
+        (["--keep", "0.01"], "--keep 0.01"),
+        (["--keep", "1.5"], "--keep 1.5"),
+        (["--loss", "square"], "--loss square"),
+        (["--target", "word"], "--target word"),
+        (["--dtype", "int8"], "--dtype int8"),
+        (["--batch", "0"], "--batch 0"),
+        (["--measured", "0"], "--measured 0"),
+        (["--deepspeed", "{tmp}/absent.json"], "--deepspeed"),
+    ],
+)
+def test_bad_input_of_the_predictor_is_one_line_and_writes_nothing(data, tmp_path, changes, words):
+    (tmp_path / "other.tar").write_bytes(b"")
+    if "--model" in changes:
+        torch.manual_seed(1)
+        save_model(tmp_path / "other", layers=5)
+    changes = [change.format(tmp=tmp_path) for change in changes]
+    changes = [f"local-dir:{change}" if changes[0] == "--model" and "/" in change else change for change in changes]
+    with pytest.raises(UserError, match=words) as error:
+        job("train_predictor")(flags(data, "--out", str(tmp_path / "out"), *changes))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (["--predictor", "{untrained}/cut"], "another cut: its --cut is 2, here it is 1"),
+        (["--predictor", "{untrained}/absent"], "holds no predictor"),
+        (["--keep", "0.01"], "--keep 0.01"),
+        (["--place", "end"], "--place end"),
+        (["--tokens", "0"], "--tokens 0"),
+        (["--text", "--tokens", "30"], "--tokens 30"),
+        (["--place", "input", "--cache-features", "{tmp}"], "--cache-features"),
+    ],
+)
+def test_bad_input_of_the_tokens_is_one_line_and_writes_nothing(data, untrained, tmp_path, changes, words):
+    changes = [change.format(tmp=tmp_path, untrained=untrained) for change in changes]
+    shared = flags(data, "--predictor", str(untrained / "same"), "--out", str(tmp_path / "out"))
+    with pytest.raises(UserError, match=words) as error:
+        job("train_tokens")([*shared, *changes])
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_comparison_refuses_what_makes_no_sense(data, tmp_path):
+    for changes, words in (
+        (["--tokens", str(tmp_path)], "--tokens needs --predictor"),
+        (["--keep-rates", "0"], "--keep-rates 0"),
+        (["--limit", "0"], "--limit 0"),
+        (["--match", "37"], "--match 37: must be 1 to 36"),
+        (["--held-out", "0"], "none of its images is held out"),
+    ):
+        with pytest.raises(UserError, match=words):
+            job("compare")(flags(data, *changes))
