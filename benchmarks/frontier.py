@@ -1,0 +1,309 @@
+"""How good a ranking so many candidates buy: searches side by side on real photos and a real model.
+
+    python benchmarks/frontier.py measure docs/frontier.parquet --model ViT-B-16 --pretrained openai \\
+        --shards imagenette/imagenette-000002.tar --prototypes 'imagenette/imagenette-00000{0,1}.tar' \\
+        --classes imagenette/classnames.json --photos 32
+    python benchmarks/frontier.py show docs/frontier.parquet --plot docs/frontier.png
+
+`measure` adds a row for every photo and search that the file does not have yet, after each photo: it can be stopped,
+run again with more photos, other shards or --searches, and goes on from there. Photos are drawn from a shard by the
+hash of their keys, so the first of 64 are those of 32. Searches of one photo share the candidates they have in common.
+`show` prints the table, each search against the paper's on the photos that both have, and draws the picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import functools
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from patchrank import baselines, classes, models, shards
+from patchrank.candidates import Candidates
+from patchrank.errors import UserError, run
+from patchrank.images import decode
+from patchrank.models import Model
+from patchrank.pairs import PairBatch
+from patchrank.ranker import Progress, class_sums
+from patchrank.scores import predict
+from patchrank.search import SearchConfig, Searcher, tokens_kept
+from patchrank.vit import Tower
+
+KEEP_RATES = (0.8, 0.7, 0.6, 0.5, 0.4)
+PAPER = "one-shot r=2"
+RANDOM, ATTENTION = "random", "class-token attention"
+ONE_SHOT = {"steps": 1, "rank_by": "scores"}
+LAZY = {"rank_by": "scores"}
+SEARCHES: dict[str, dict[str, Any]] = {
+    PAPER: {**ONE_SHOT, "block": 2},
+    "one-shot r=1": ONE_SHOT,
+    "one-shot r=3": {**ONE_SHOT, "block": 3},
+    "effects one-shot": {"steps": 1},
+    "effects one-shot r=2": {"steps": 1, "block": 2},
+    **{f"effects k={k}": {"remove_per_step": k} for k in (16, 8, 4, 2, 1)},
+    "effects r=2 k=4": {"block": 2},
+    "effects k=4 c=1": {"rescore": 1},
+    "effects k=8 c=1": {"rescore": 1, "remove_per_step": 8},
+    "effects k=4 c=2": {"rescore": 2},
+    "effects exact k=59": {"rescore": None, "remove_per_step": 59},
+    "effects exact k=30": {"rescore": None, "remove_per_step": 30},
+    "lazy k=4 c=1": {**LAZY, "rescore": 1},
+    "lazy k=4 c=2": {**LAZY, "rescore": 2},
+    "lazy k=1 c=2": {**LAZY, "rescore": 2, "remove_per_step": 1},
+    "lazy k=8 c=2": {**LAZY, "rescore": 2, "remove_per_step": 8},
+    "lazy k=4 c=4": {**LAZY, "rescore": 4},
+    "exact k=30": {**LAZY, "rescore": None, "remove_per_step": 30},
+    "exact k=20": {**LAZY, "rescore": None, "remove_per_step": 20},
+    "exact k=10": {**LAZY, "rescore": None, "remove_per_step": 10},
+    **{
+        f"{score} {name}": {**config, "score": score}
+        for score in ("label", "confidence")
+        for name, config in (
+            (PAPER, {**ONE_SHOT, "block": 2}),
+            ("effects k=4", {}),
+            ("lazy k=4 c=2", {**LAZY, "rescore": 2}),
+        )
+    },
+}
+NAMES = [RANDOM, ATTENTION, *SEARCHES]
+
+
+class Remembering(Candidates):
+    """Candidates of one photo, each embedded once whatever search asks for it."""
+
+    def __init__(self, candidates: Candidates, known: dict[bytes, Tensor]) -> None:
+        vars(self).update(vars(candidates))
+        self.known = known
+
+    def embed(
+        self,
+        tokens: Tensor,
+        image: Tensor,
+        kept: Tensor | None = None,
+        then: Callable[[Tensor, Tensor], Tensor] = lambda embeddings, image: embeddings,
+    ) -> Tensor:
+        """As `Candidates.embed`."""
+        if kept is None:
+            kept = torch.arange(self.tower.num_tokens, device=tokens.device).expand(len(image), -1)
+        names = [row.tobytes() for row in kept.cpu().numpy()]
+        missing = [row for row, name in enumerate(names) if name not in self.known]
+        if missing:
+            found = super().embed(tokens, image[missing], kept[missing])
+            self.known.update(zip((names[row] for row in missing), found, strict=True))
+        return then(torch.stack([self.known[name] for name in names]), image)
+
+
+def photos(uri: str, count: int) -> Iterator[shards.Sample]:
+    """The first so many samples of a shard, in the order of the hashes of their keys."""
+    samples = [sample for sample in shards.read(uri) if isinstance(sample, shards.Sample)]
+    samples.sort(key=lambda sample: hashlib.sha256(sample.key.encode()).digest())
+    return iter(samples[:count])
+
+
+def prototypes(args: argparse.Namespace, tower: Tower, model: Model) -> Tensor:
+    """(K, E) mean embeddings by class, kept beside the results: they cost a forward pass an image."""
+    uris = shards.expand(args.prototypes)
+    names = classes.read_names(args.classes)
+    identity = hashlib.sha256(f"{model.weights} {tower.dtype} {uris}".encode()).hexdigest()[:16]
+    kept = f"{args.results}.{identity}.classes.safetensors"
+    known = classes.load(kept, identity, names)
+    if known is None:
+        parts = []
+        for uri in tqdm(uris, desc="prototypes", disable=not sys.stderr.isatty()):
+            parts.append(class_sums(tower, uri, model.preprocess(), len(names), 16, Progress()))
+        sums, counts = (torch.stack(column).sum(dim=0) for column in zip(*parts, strict=True))  # (K, E), (K,)
+        known = classes.from_sums(sums, counts, identity, names)
+        classes.save(kept, known)
+    return known.embeddings
+
+
+def row(name: str, searcher: Searcher, sample: shards.Sample, pixels: Tensor, classes_: Tensor) -> dict[str, Any]:
+    """What one search makes of one photo."""
+    tower, labels = searcher.tower, torch.tensor([sample.label])
+    tokens = tower.prefix(pixels)
+    everything = torch.zeros(1, dtype=torch.int64, device=tokens.device)
+    full = searcher.candidates.embed(tokens, everything)  # (1, E)
+    if name in (RANDOM, ATTENTION):
+        batch = PairBatch([sample.key], pixels, labels, None, None)
+        method = baselines.random if name == RANDOM else baselines.ClassAttention(tower)
+        ranking, cost = method(tokens, batch).argsort(dim=1, descending=True).cpu(), []
+    else:
+        ranking, cost = searcher.search(pixels, labels).ranking, searcher.config.cost(tower.grid)
+    cosine, predicted = [], []
+    for keep in KEEP_RATES:
+        kept = ranking[:, : tokens_kept(tower.num_tokens, keep)].sort(dim=1).values.to(tokens.device)
+        embedding = searcher.candidates.embed(tokens, everything, kept)
+        cosine.append(F.cosine_similarity(embedding, full).item())
+        predicted.append(int(predict(embedding, classes_, 1.0)[0]))
+    return {
+        "search": name,
+        "candidates": sum(step.candidates for step in cost),
+        "multiply_adds": sum(step.candidates * tower.suffix_multiply_adds(step.kept) for step in cost),
+        "label": sample.label,
+        "prediction": int(predict(full, classes_, 1.0)[0]),
+        "pruned_prediction": predicted,
+        "cosine": cosine,
+        "ranking": ranking[0].tolist(),
+    }
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Add to the results what they do not have."""
+    wanted = [name for name in NAMES if any(fnmatch.fnmatch(name, pattern) for pattern in args.searches)]
+    if not wanted:
+        raise UserError(f"--searches {' '.join(args.searches)}: none of them; there are {', '.join(NAMES)}")
+    rows = pq.read_table(args.results).to_pylist() if os.path.exists(args.results) else []
+    done = {(one["shard"], one["key"], one["search"]) for one in rows}
+    model = models.load(args.model, args.pretrained)
+    gpu = torch.cuda.is_available()
+    dtype = models.resolve_dtype(args.dtype, gpu)
+    tower = Tower(model.visual, args.cut, dtype, "cuda" if gpu else "cpu", args.model)
+    embeddings = prototypes(args, tower, model).to(tower.device)
+    preprocess = model.preprocess()
+    todo = [(uri, sample) for uri in shards.expand(args.shards) for sample in photos(uri, args.photos)]
+    with torch.inference_mode():
+        for uri, sample in tqdm(todo, unit=" photos", disable=not sys.stderr.isatty()):
+            shard = os.path.basename(uri)
+            missing = [name for name in wanted if (shard, sample.key, name) not in done]
+            pixels = preprocess(decode(sample.image))[None]
+            known: dict[bytes, Tensor] = {}
+            for name in missing:
+                searcher = Searcher(tower, SearchConfig(**SEARCHES.get(name, {})), embeddings, model.logit_scale)
+                searcher.candidates = Remembering(searcher.candidates, known)
+                found = row(name, searcher, sample, pixels, embeddings)
+                about = {"model": args.model, "weights": model.weights, "dtype": str(dtype).removeprefix("torch.")}
+                rows.append({"shard": shard, "key": sample.key, **found, **about})
+            if missing:
+                pq.write_table(pa.Table.from_pylist(rows), f"{args.results}.new")
+                os.replace(f"{args.results}.new", args.results)
+                print(f"{shard} {sample.key}: {len(missing)} searches, {len(known)} candidates", flush=True)
+    return 0
+
+
+def compare(table: pa.Table) -> list[dict[str, Any]]:
+    """A line a search: 1 - cosine, (5,) mean and 90th percentile, ratio to the paper's, top-1, and how many photos."""
+    by_search: dict[str, dict[tuple[str, str], dict]] = {}
+    for one in table.to_pylist():
+        by_search.setdefault(one["search"], {})[one["shard"], one["key"]] = one
+    lines = []
+    for name in NAMES:
+        found = by_search.get(name)
+        if not found:
+            continue
+        both = sorted(found.keys() & by_search.get(PAPER, {}).keys())
+        mine = 1 - np.array([one["cosine"] for one in found.values()])  # (photos, keep rates)
+        line = {
+            "search": name,
+            "photos": len(found),
+            "candidates": next(iter(found.values()))["candidates"],
+            "multiply_adds": next(iter(found.values()))["multiply_adds"],
+            "mean": mine.mean(axis=0),
+            "p90": np.quantile(mine, 0.9, axis=0),
+            "right": np.mean([[p == one["label"] for p in one["pruned_prediction"]] for one in found.values()], axis=0),
+            "whole": np.mean([one["prediction"] == one["label"] for one in found.values()]),
+        }
+        if both:
+            ours, theirs = (
+                np.mean([1 - np.array(by_search[which][photo]["cosine"]) for photo in both], axis=0)
+                for which in (name, PAPER)
+            )
+            line["ratio"] = ours / theirs
+        lines.append(line)
+    return lines
+
+
+def show(args: argparse.Namespace) -> int:
+    """Print the tables; draw the picture if one is asked for."""
+    try:
+        table = pq.read_table(args.results)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{args.results}: cannot be read: {error}") from None
+    lines = compare(table)
+    rates = " ".join(f"{keep:.0%}" for keep in KEEP_RATES)
+    models_ = pc.unique(pc.binary_join_element_wise(table["model"], table["dtype"], " ")).to_pylist()
+    print(f"{', '.join(models_)}; 1 - cosine in thousandths, at keep {rates}\n")
+    print(
+        "| search | candidates | G multiply-adds | photos | mean | 90th percentile | / paper's at 60, 50 % | top-1 % |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for line in lines:
+        mean, high = (" ".join(f"{1000 * value:.1f}" for value in line[which]) for which in ("mean", "p90"))
+        ratio = "{:.2f} {:.2f}".format(*line["ratio"][2:4]) if "ratio" in line else ""
+        top = " ".join(f"{100 * value:.0f}" for value in line["right"])
+        cost = f"{line['candidates']} | {line['multiply_adds'] / 1e9:.0f}"
+        print(f"| {line['search']} | {cost} | {line['photos']} | {mean} | {high} | {ratio} | {top} |")
+    if args.plot:
+        draw([line for line in lines if "ratio" in line and line["candidates"]], args.plot)
+        print(f"\n{args.plot}")
+    return 0
+
+
+def draw(lines: list[dict[str, Any]], path: str) -> None:
+    """Distortion against candidates, both logarithmic, at keep 60 and 50 %."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharex=True, layout="constrained")
+    families = {  # the Okabe-Ito colours, which colour-blind people can tell apart
+        "one-shot": ("#D55E00", "o"),
+        "lazy": ("#56B4E9", "s"),
+        "exact": ("#000000", "^"),
+        "effects": ("#009E73", "D"),
+    }
+    for axis, column in zip(axes, (2, 3), strict=True):
+        for family, (colour, marker) in families.items():
+            mine = [line for line in lines if line["search"].startswith(family)]
+            x, y = [line["candidates"] for line in mine], [line["ratio"][column] for line in mine]
+            axis.scatter(x, y, color=colour, marker=marker, label=family, zorder=2)
+            for line, at in zip(mine, zip(x, y, strict=True), strict=True):
+                name = line["search"].removeprefix(family).strip()
+                axis.annotate(name, at, xytext=(4, 4), textcoords="offset points", fontsize=7)
+        axis.set(xscale="log", yscale="log", xlabel="candidates an image", title=f"keep {KEEP_RATES[column]:.0%}")
+        axis.grid(True, which="both", alpha=0.25)
+    axes[0].set_ylabel("mean 1 - cosine, as a share of the paper's (one-shot r=2)")
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> int:
+    """Parse, then measure or show."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    add = functools.partial(commands.add_parser, formatter_class=argparse.RawDescriptionHelpFormatter)
+    measuring = add("measure", help="search photos")
+    measuring.set_defaults(call=measure)
+    measuring.add_argument("results", help="Parquet file to add to")
+    measuring.add_argument("--model", required=True, help="open_clip name")
+    measuring.add_argument("--pretrained", help="open_clip tag or weights file")
+    measuring.add_argument("--cut", type=int, help="tokens leave before this block (a quarter of the depth)")
+    measuring.add_argument("--dtype", default="auto", help="(%(default)s)")
+    measuring.add_argument("--shards", nargs="+", required=True, help="labelled shards to draw photos from")
+    measuring.add_argument("--prototypes", nargs="+", required=True, help="labelled shards for class embeddings")
+    measuring.add_argument("--classes", required=True, help="class names by label")
+    measuring.add_argument("--photos", type=int, default=32, help="of each shard (%(default)s)")
+    measuring.add_argument("--searches", nargs="+", default=["*"], help="names or patterns (all)")
+    showing = add("show", help="print the table and draw the picture")
+    showing.set_defaults(call=show)
+    showing.add_argument("results", help="Parquet file")
+    showing.add_argument("--plot", help="PNG file to write")
+    args = parser.parse_args()
+    return args.call(args)
+
+
+if __name__ == "__main__":
+    run(main)
