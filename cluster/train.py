@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import threading
 import time
 from dataclasses import dataclass
@@ -144,27 +145,36 @@ def _check(config: TrainingConfig) -> None:
 
 def _fit(plan: Plan, max_failures: int, title: str) -> int:
     """Run the workers to their end, show meanwhile how far they are, and return the step at which they began."""
+    from ray.train import TrainingFailedError
+
     trainer = _trainer(plan, max_failures)
-    errors: list[BaseException] = []
+    ended = threading.Event()
 
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:
-            errors.append(error)
+    def show() -> None:
+        with contextlib.closing(StepMeter(title, plan.steps)) as meter:
+            while not ended.wait(POLL_SECONDS):
+                meter.show(ray.get(plan.board.read.remote()))
 
-    # In the main thread Ray Train would take Ctrl-C for itself and end with status 0.
-    thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
-    with contextlib.closing(StepMeter(title, plan.steps)) as meter:
-        while thread.is_alive():
-            thread.join(POLL_SECONDS)
-            state = ray.get(plan.board.read.remote())
-            if state.failure:  # Ray Train would start the workers again, to fail again; they end with us
-                raise UserError(state.failure)
-            meter.show(state)
-    if errors:
-        raise _reason(errors[0], plan.folder) from None
+    # No thread may be at work in Ray when we leave it: so this one is joined, and Ray Train runs in the main one.
+    shower = threading.Thread(target=show, daemon=True)
+    shower.start()
+    on_interrupt, failed = signal.getsignal(signal.SIGINT), None
+    try:
+        trainer.fit()
+    except SystemExit:  # Ray Train takes Ctrl-C for itself, ends the workers, and would end with status 0
+        raise KeyboardInterrupt from None
+    except TrainingFailedError as error:
+        failed = error
+    finally:
+        ended.set()
+        shower.join()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)
+    state = ray.get(plan.board.read.remote())
+    if state.failure:
+        raise UserError(state.failure)
+    if failed:
+        raise _reason(failed, plan.folder) from None
     return state.began or 0
 
 

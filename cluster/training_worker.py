@@ -87,6 +87,8 @@ class Done:
 def work(config: dict[str, Plan]) -> None:
     """The function that Ray Train calls on every worker."""
     plan = config["plan"]
+    if ray.get(plan.board.read.remote()).failure:  # Ray Train has replaced the workers that failed: so would these
+        return
     try:
         with tempfile.TemporaryDirectory(prefix="patchrank-") as scratch:
             Worker(plan, Path(scratch)).run()

@@ -174,6 +174,6 @@ def test_rays_autoscaler_on_kubernetes_reads_gpus_and_limits_out_of_the_rayjob()
 def test_the_rayjobs_command_is_one_that_the_search_understands():
     python, script, *flags = shlex.split(RAYJOB["spec"]["entrypoint"])
     assert (python, script) == ("python", "/patchrank/jobs/search.py")
-    job = search.job(flags)
+    job = search.job(search.parser().parse_args(flags))
     (group,) = RAYJOB["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert (job.actors, job.gpus_per_actor) == (group["maxReplicas"], 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 from pathlib import Path
@@ -159,22 +160,24 @@ def test_file_names_follow_from_the_uri(tmp_path, monkeypatch):
     assert len(rankings.file_name("/data/" + "x" * 250 + ".tar")) < 200
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_disk():
     """No file may grow beyond 20 kB: the rejects fit, the rankings of 1,000 images do not."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:  # before pytest writes, whose output may go to a file, too
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_disk_that_fills_up_leaves_no_part_of_a_file(tmp_path, small_disk):
+def test_a_disk_that_fills_up_leaves_no_part_of_a_file(tmp_path):
     few, many = images("/data/a.tar", 5), images("/data/a.tar", 1000)
     name = rankings.file_name("/data/a.tar")
     rankings.write(str(tmp_path / "earlier"), few.shard, few.table(), [], "f")
     before = (tmp_path / "earlier" / name).read_bytes()
     for folder in ("new", "earlier"):
-        with pytest.raises(OSError, match="File too large"):
+        with small_disk(), pytest.raises(OSError, match="File too large"):
             rankings.write(str(tmp_path / folder), many.shard, many.table(), [Reject("k", "no image")], "f")
     assert written(tmp_path / "new") == [f"rejects/{name}"]
     assert written(tmp_path / "earlier") == sorted([name, f"rejects/{name}"])
