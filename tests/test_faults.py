@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
 import signal
@@ -14,7 +13,7 @@ import time
 import psutil
 import pytest
 from ray.cluster_utils import Cluster
-from tiny_search import SLOW, actors, command, search, tables, wait_for
+from tiny_search import actors, command, search, tables, wait_for
 
 pytest_plugins = ["tiny_results"]
 
@@ -40,23 +39,35 @@ def node(cluster):
     """A node with room for one actor: its raylet's process."""
     added = cluster.add_node(num_cpus=1)
     raylet = psutil.Process(added.all_processes["raylet"][0].process.pid)
-    family = [raylet]
     try:
         yield raylet
     finally:
-        with contextlib.suppress(psutil.Error):
-            family += raylet.children(recursive=True)
-        for process in family:
-            with contextlib.suppress(psutil.Error):
-                process.kill()  # those that are stopped, too
+        kill(raylet)  # those that are stopped, too
         cluster.remove_node(added, allow_graceful=False)
 
 
-def actors_on(raylet):
-    """The ranking actors of a node."""
+def family(raylet):
+    """The processes of a node."""
     with contextlib.suppress(psutil.Error):
-        return [child for child in raylet.children() if "ray::RankingActor" in " ".join(child.cmdline())]
-    return []
+        return [raylet, *raylet.children(recursive=True)]
+    return [raylet]
+
+
+def kill(raylet):
+    """End a node as if it were switched off."""
+    for process in family(raylet):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def actors_on(raylet):
+    """The process ids of the ranking actors of a node."""
+    found = set()
+    for process in family(raylet):
+        with contextlib.suppress(psutil.Error):
+            if "ray::RankingActor" in " ".join(process.cmdline()):
+                found.add(process.pid)
+    return found
 
 
 @contextlib.contextmanager
@@ -76,35 +87,42 @@ def ends_well(process):
     return stdout
 
 
-def test_a_node_that_joins_takes_over_from_one_that_is_lost(cluster, data, slow, tmp_path):
+def test_a_node_that_joins_takes_over_from_one_that_is_lost(cluster, data, undisturbed, hold, tmp_path):
     out = tmp_path / "out"
-    with node(cluster) as first, started(data, out, *SLOW, "--address", cluster.address) as process:
-        wait_for(lambda: tables(out), process)
+    hold.at("1-5")
+    with node(cluster) as first, started(data, out, "--address", cluster.address) as process:
+        lost = wait_for(lambda: hold.waiting("1-5"), process)
+        assert lost == actors_on(first) and len(tables(out)) == 1
         with node(cluster) as second:
             wait_for(lambda: actors_on(second), process)
-            first.kill()
+            kill(first)
+            wait_for(lambda: hold.waiting("1-5") - lost, process)
+            hold.release()
             ends_well(process)
-    assert tables(out) == tables(slow)
+    assert tables(out) == tables(undisturbed)
 
 
-def test_a_node_that_hangs_does_not_hold_up_the_search(cluster, data, slow, tmp_path):
+def test_a_node_that_hangs_does_not_hold_up_the_search(cluster, data, undisturbed, hold, tmp_path):
     out = tmp_path / "out"
-    flags = (*SLOW, "--address", cluster.address, "--actors", "2")
+    flags = ("--address", cluster.address, "--actors", "2")
+    hold.at("0-5", "1-5")
     with node(cluster) as first, node(cluster) as second, started(data, out, *flags) as process:
-        wait_for(lambda: tables(out) and actors_on(first) and actors_on(second), process)
-        for part in (first, *first.children(recursive=True)):
+        wait_for(lambda: hold.waiting("0-5") and hold.waiting("1-5"), process)
+        assert hold.waiting("0-5") | hold.waiting("1-5") == actors_on(first) | actors_on(second)
+        for part in family(first):
             part.send_signal(signal.SIGSTOP)
+        hold.release()
         ends_well(process)
         assert first.status() == psutil.STATUS_STOPPED
-    assert tables(out) == tables(slow)
+    assert tables(out) == tables(undisturbed)
 
 
-def test_a_killed_driver_frees_the_cluster_and_the_next_goes_on(cluster, data, slow, tmp_path):
+def test_a_killed_driver_frees_the_cluster_and_the_next_goes_on(cluster, data, undisturbed, hold, tmp_path):
     out = tmp_path / "out"
-    flags = (*SLOW, "--address", cluster.address)
+    hold.at("1-5")
     with node(cluster) as place:
-        with started(data, out, *flags) as process:
-            wait_for(lambda: tables(out), process)
+        with started(data, out, "--address", cluster.address) as process:
+            wait_for(lambda: hold.waiting("1-5"), process)
             process.kill()
             assert process.wait() == -signal.SIGKILL
         end = time.monotonic() + 120
@@ -112,44 +130,43 @@ def test_a_killed_driver_frees_the_cluster_and_the_next_goes_on(cluster, data, s
             assert time.monotonic() < end, "the driver's actors outlive it"
             time.sleep(0.2)
         kept = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
-        assert 0 < len(kept) < 6
-        done = search(data, out, *flags)
+        assert len(kept) == 1
+        hold.release()
+        done = search(data, out, "--address", cluster.address)
     assert done.returncode == 0, done.stderr
-    assert f"{len(kept)} of 6 were finished before" in done.stdout
+    assert "1 of 6 were finished before" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert tables(out) == tables(slow)
+    assert tables(out) == tables(undisturbed)
 
 
-def test_a_shard_that_kills_its_actor_is_set_aside_and_the_others_are_done(data, slow, tmp_path):
-    out, killed = tmp_path / "out", []
-    poison = str(data / "images-2.tar")
+def test_a_shard_that_kills_its_actor_is_set_aside_and_the_others_are_done(data, undisturbed, hold, tmp_path):
+    out, killed = tmp_path / "out", set()
+    hold.at("2-5")
 
     def kill_whoever_reads_it(process):
         while process.poll() is None:
             with contextlib.suppress(psutil.Error):
                 for actor in actors(process):
-                    if any(file.path == poison for file in actor.open_files()):
+                    if actor.pid in hold.waiting("2-5") - killed:
                         actor.kill()
-                        actor.wait()
-                        killed.append(actor.pid)
-            time.sleep(0.005)
+                        killed.add(actor.pid)
+            time.sleep(0.02)
 
-    with started(data, out, *SLOW, "--actors", "2") as process:
+    with started(data, out, "--actors", "2") as process:
         killer = threading.Thread(target=kill_whoever_reads_it, args=[process])
         killer.start()
         _, stderr = process.communicate(timeout=900)
         killer.join()
     assert process.returncode == 1
-    assert (
-        re.search(rf"^error: {poison}: its worker died 3 times: ", stderr, re.MULTILINE) and "Traceback" not in stderr
-    )
+    shard = re.escape(str(data / "images-2.tar"))
+    assert re.search(rf"^error: {shard}: its worker died 3 times: ", stderr, re.MULTILINE) and "Traceback" not in stderr
     assert len(killed) == 3
-    expected = {name: table for name, table in tables(slow).items() if not name.startswith("images-2-")}
+    expected = {name: table for name, table in tables(undisturbed).items() if not name.startswith("images-2-")}
     assert len(expected) == 5 and tables(out) == expected
     assert [path.name.rsplit("-", 1)[0] for path in (out / "failed").iterdir()] == ["images-2"]
 
 
-def test_a_disk_that_fills_up_stops_the_search_which_goes_on_when_there_is_room(data, slow, tmp_path):
+def test_a_disk_that_fills_up_stops_the_search_which_goes_on_when_there_is_room(data, undisturbed, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     # A disk of our own with room for some of the tables, and then for all.
@@ -164,38 +181,42 @@ def test_a_disk_that_fills_up_stops_the_search_which_goes_on_when_there_is_room(
     room = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     if subprocess.run([*room, f"mount -t tmpfs none {disk}"], capture_output=True).returncode:
         pytest.skip("this system lets nobody but root mount a disk")
-    full = [*room, script, "search", *command(data, disk / "out", *SLOW, "--actors", "1")]
+    full = [*room, script, "search", *command(data, disk / "out", "--actors", "1")]
     done = subprocess.run(full, capture_output=True, text=True, timeout=900)
     assert re.findall(r"^status (\d+)$", done.stdout, re.MULTILINE) == ["2", "0"], done.stdout + done.stderr
     files = [line for line in done.stdout.splitlines() if line.startswith(str(disk))]
     assert "No space left on device" in done.stderr and "Traceback" not in done.stderr
     assert 0 < sum("/out/images-" in name for name in files) < 6
     assert not any(name.endswith(".tmp") for name in files)
-    assert tables(tmp_path / "out") == tables(slow)
+    assert tables(tmp_path / "out") == tables(undisturbed)
 
 
-def test_a_folder_that_is_removed_stops_the_search_and_is_not_made_anew(data, slow, tmp_path):
+def test_a_folder_that_is_removed_stops_the_search_and_is_not_made_anew(data, undisturbed, hold, tmp_path):
     out = tmp_path / "out"
-    with started(data, out, *SLOW, "--actors", "2") as process:
-        wait_for(lambda: tables(out), process)
+    hold.at("1-5")
+    with started(data, out, "--actors", "1") as process:
+        wait_for(lambda: hold.waiting("1-5"), process)
         while out.exists():
             shutil.rmtree(out, ignore_errors=True)  # the search may be writing
+        hold.release()
         _, stderr = process.communicate(timeout=900)
     assert process.returncode == 2
     assert f"error: {out}: " in stderr and "Traceback" not in stderr
     assert not tables(out)
-    done = search(data, out, *SLOW, "--actors", "2")
+    done = search(data, out, "--actors", "1")
     assert done.returncode == 0, done.stderr
-    assert tables(out) == tables(slow)
+    assert tables(out) == tables(undisturbed)
 
 
-def test_a_table_that_is_taken_away_meanwhile_is_missed_in_the_end(data, slow, tmp_path):
+def test_a_table_that_is_taken_away_meanwhile_is_missed_in_the_end(data, undisturbed, hold, tmp_path):
     out = tmp_path / "out"
-    with started(data, out, *SLOW, "--actors", "1") as process:
-        (first,) = wait_for(lambda: list(out.glob("*.parquet")), process)[:1]
-        os.unlink(first)
+    hold.at("1-5")
+    with started(data, out, "--actors", "1") as process:
+        wait_for(lambda: hold.waiting("1-5"), process)
+        (first,) = out.glob("*.parquet")
+        first.unlink()
+        hold.release()
         _, stderr = process.communicate(timeout=900)
     assert process.returncode == 1
-    shard = data / f"{first.name.rsplit('-', 1)[0]}.tar"
-    assert f"error: {shard}: was ranked, but its table has since been taken out of the folder" in stderr
-    assert tables(out) == {name: table for name, table in tables(slow).items() if name != first.name}
+    assert f"error: {data / 'images-0.tar'}: was ranked, but its table has since been taken out of the folder" in stderr
+    assert tables(out) == {name: table for name, table in tables(undisturbed).items() if name != first.name}

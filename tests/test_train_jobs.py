@@ -177,7 +177,7 @@ def test_text_tokens_bring_their_class_embeddings(data, untrained, tmp_path, cap
         (["--rankings", "{tmp}"], "search.json"),
         (["--rankings", "{tmp}/absent"], "no such folder"),
         (["--shards", "{tmp}/other.tar"], "name the shards as the search did"),
-        (["--model", "{tmp}/other"], "is of another model"),
+        (["--model", "{tmp}/other"], "was made for another model: weights"),
         (["--pretrained", "openai"], "--pretrained needs --model"),
         (["--held-out", "1"], "--held-out"),
         (["--held-out", "1.5"], "--held-out 1.5"),
@@ -207,7 +207,7 @@ def test_bad_input_of_the_predictor_is_one_line_and_writes_nothing(data, tmp_pat
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (["--predictor", "{untrained}/cut"], "another cut: its --cut is 2, here it is 1"),
+        (["--predictor", "{untrained}/cut"], "another --cut: 2, here 1"),
         (["--predictor", "{untrained}/absent"], "holds no predictor"),
         (["--keep", "0.01"], "--keep 0.01"),
         (["--place", "end"], "--place end"),

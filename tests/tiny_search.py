@@ -48,5 +48,26 @@ def wait_for(condition, process, seconds=300):
     raise AssertionError(f"did not happen; the search says:\n{process.communicate(timeout=60)}")
 
 
-# Enough work (every token scored again for every one that leaves) that there is a half-way to kill something at.
-SLOW = ("--rescore", "all", "--remove-per-step", "1", "--keep", "0")
+class Hold:
+    """Images that no actor reads beyond, however fast the machine is; `folder` has a file for each.
+
+    An image goes by its key, SHARD-NUMBER.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        folder.mkdir()
+
+    def at(self, *keys):
+        """From now on actors that come to these images wait there."""
+        for key in keys:
+            (self.folder / key).touch()
+
+    def waiting(self, key):
+        """The processes that have come to an image and wait there, or have died there."""
+        return {int(path.suffix[1:]) for path in self.folder.glob(f"{key}.*")}
+
+    def release(self):
+        """Everyone goes on."""
+        for path in self.folder.iterdir():
+            path.unlink()
