@@ -19,14 +19,12 @@ from cluster.places import Places, connected
 from cluster.pool import Failed, Pool
 from cluster.progress import Meter, ShardReport
 from patchrank import __version__, classes, models, rankings, shards, status, storage
-from patchrank.classes import Classes
+from patchrank.classes import CLASSES_FILE, Classes
 from patchrank.errors import UserError
 from patchrank.images import MAX_PIXELS
 from patchrank.models import Model
 from patchrank.search import SearchConfig, Searcher
 from patchrank.vit import Tower
-
-CLASSES_FILE = "classes.safetensors"  # in the rankings folder: the class embeddings of the search
 
 
 @dataclass(frozen=True)

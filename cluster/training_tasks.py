@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cluster.rank import CLASSES_FILE
 from cluster.training_folder import Figures
 from patchrank import classes, models, pairs, predictor, prompts, rankings, storage
 from patchrank.baselines import predicted
-from patchrank.classes import Classes
+from patchrank.classes import CLASSES_FILE, Classes
 from patchrank.comparison import UNPRUNED, Comparison, Method
 from patchrank.errors import UserError
 from patchrank.features import Features

@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from open_clip.transformer import Attention
 from torch import Tensor
 
 from patchrank.errors import UserError
 from patchrank.pairs import PairBatch
 from patchrank.predictor import Predictor, targets
-from patchrank.vit import Tower
+from patchrank.vit import Tower, project
 
 Usefulness = Callable[[Tensor, PairBatch], Tensor]
 """(B, 1 + N, D) tokens before the cut, and the images they are of -> (B, N) float32 usefulness."""
@@ -68,11 +67,11 @@ class ClassAttention:
     @torch.no_grad()
     def __call__(self, tokens: Tensor, batch: PairBatch) -> Tensor:
         """(B, N) float32: the attention to each patch."""
-        attn = self.block.attn
-        x = self.block.ln_1(self.before.prefix(batch.pixels))  # (B, 1 + N, D)
-        projected = F.linear(x, attn.in_proj_weight, attn.in_proj_bias).chunk(3, dim=-1)
-        query, key = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in projected[:2])
-        if isinstance(attn, Attention):
-            query, key = attn.ln_q(query), attn.ln_k(key)  # (B, heads, 1 + N, D / heads)
-        logits = query[:, :, :1].float() @ key.float().transpose(-1, -2) * query.shape[-1] ** -0.5
-        return logits.softmax(dim=-1).mean(dim=1)[:, 0, 1:]  # (B, N)
+        return class_attention(self.block, self.before.prefix(batch.pixels))
+
+
+def class_attention(block: Any, x: Tensor) -> Tensor:
+    """How much the class token attends to each other token in a block: (B, 1 + n, D) before it -> (B, n) float32."""
+    query, key, _ = project(block.attn, block.ln_1(x), class_token_only=True)  # (B, heads, 1 and 1 + n, D / heads)
+    logits = query.float() @ key.float().transpose(-1, -2) * query.shape[-1] ** -0.5  # (B, heads, 1, 1 + n)
+    return logits.softmax(dim=-1).mean(dim=1)[:, 0, 1:]

@@ -21,6 +21,7 @@ from patchrank import storage
 from patchrank.errors import UserError
 from patchrank.models import Model
 
+CLASSES_FILE = "classes.safetensors"  # beside rankings or tokens: the class embeddings that they go with
 Template = str | Callable[[str], str]
 
 TEMPLATES: dict[str, Sequence[Template]] = {

@@ -99,10 +99,19 @@ def load(name: str, pretrained: str | None = None) -> Model:
             raise UserError(f"--pretrained {pretrained}: not the image tower of {name}: {_short(error)}") from None
     clip.eval().requires_grad_(False)
     scale = IMAGE_TOWER_LOGIT_SCALE if image_tower else clip.logit_scale.exp().item()
-    # The same weights with another activation, norm or number of heads make another model.
-    weights = _digest(clip.visual.state_dict(), f"{clip.visual} {clip.visual.transformer.resblocks[0].attn.num_heads}")
+    weights = tower_digest(clip.visual)
     text = {key: value for key, value in clip.state_dict().items() if not key.startswith("visual.")}
     return Model(name, clip, image_tower is None, weights, _digest(text), scale)
+
+
+def tower_digest(visual: VisionTransformer, dtype: torch.dtype = torch.float32) -> str:
+    """Digest of an image tower's structure and of its weights rounded to a dtype, 16 hex digits.
+
+    A tower that is kept in a lower precision has the digest of the float32 one in that precision.
+    """
+    # The same weights with another activation, norm or number of heads make another model.
+    structure = f"{visual} {visual.transformer.resblocks[0].attn.num_heads}"
+    return _digest({key: value.to(dtype) for key, value in visual.state_dict().items()}, structure)
 
 
 def _needs_quick_gelu(name: str, pretrained: str) -> bool:
@@ -126,7 +135,7 @@ def _digest(weights: dict[str, Tensor], structure: str = "") -> str:
     digest = hashlib.sha256(structure.encode())
     for key, value in sorted(weights.items()):
         digest.update(key.encode())
-        digest.update(value.detach().float().contiguous().numpy().tobytes())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -124,7 +124,7 @@ class Tower(nn.Module):
         if extra is not None:
             x = torch.cat([x, extra.to(x.dtype).expand(len(x), -1, -1)], dim=1)  # (B, 1 + N + b, D)
         for block in self.visual.transformer.resblocks[: self.cut]:
-            x = _block(block, x)
+            x = run_block(block, x)
         return x
 
     def suffix(self, tokens: Tensor, kept: Tensor | None = None, image: Tensor | None = None) -> Tensor:
@@ -148,53 +148,72 @@ class Tower(nn.Module):
             x = tokens[rows[:, None], positions]  # (C, 1 + n + b, D)
         blocks = self.visual.transformer.resblocks
         for block in blocks[self.cut : -1]:
-            x = _block(block, x)
-        x = _block(blocks[-1], x, class_token_only=True)[:, 0]  # (C, D)
+            x = run_block(block, x)
+        x = run_block(blocks[-1], x, class_token_only=True)[:, 0]  # (C, D)
         x = self.visual.ln_post(x.to(self.visual.proj.dtype))
         return x @ self.visual.proj  # (C, E)
 
     def prefix_multiply_adds(self) -> int:
         """Exact multiply-adds of `prefix` for an image; norms and activations not counted."""
-        patches = self.visual.conv1.weight.numel() * self.num_tokens
-        return patches + self.cut * self._block_multiply_adds(1 + self.num_tokens)
+        return embed_multiply_adds(self.visual) + self.cut * block_multiply_adds(self.visual, 1 + self.num_tokens)
 
     def suffix_multiply_adds(self, kept: int) -> int:
         """Exact multiply-adds of `suffix` for a candidate of `kept` patch tokens; norms and activations not counted."""
-        n, d, hidden = kept + 1, self.width, self._hidden
-        # The last block: keys and values of all tokens, the rest of the class token alone.
-        last = 2 * d * d * n + 2 * d * d + 2 * n * d + 2 * d * hidden
         blocks = len(self.visual.transformer.resblocks) - self.cut - 1
-        return blocks * self._block_multiply_adds(n) + last + d * self.embed_dim
-
-    def _block_multiply_adds(self, n: int) -> int:
-        """Of one whole block on sequences of n tokens."""
-        d = self.width
-        return (4 * d * d + 2 * d * self._hidden) * n + 2 * n * n * d
-
-    @property
-    def _hidden(self) -> int:
-        return self.visual.transformer.resblocks[0].mlp.c_fc.out_features
+        last = block_multiply_adds(self.visual, 1 + kept, class_token_only=True)
+        return blocks * block_multiply_adds(self.visual, 1 + kept) + last + self.visual.proj.numel()
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings of whole images, (B, 3, H, W) -> (B, E): the unpruned model."""
         return self.suffix(self.prefix(images))
 
 
-def _block(block: Any, x: Tensor, class_token_only: bool = False) -> Tensor:
+def embed_multiply_adds(visual: Any) -> int:
+    """Of the patch embedding of an image."""
+    rows, columns = visual.grid_size
+    return visual.conv1.weight.numel() * rows * columns
+
+
+def block_multiply_adds(visual: Any, n: int, class_token_only: bool = False) -> int:
+    """Exact multiply-adds of one block on a sequence of n tokens, as `run_block` computes it."""
+    mlp = visual.transformer.resblocks[0].mlp.c_fc
+    d, hidden = mlp.in_features, mlp.out_features
+    if class_token_only:  # keys and values of all tokens, the rest of the class token alone
+        return 2 * d * d * n + 2 * d * d + 2 * n * d + 2 * d * hidden
+    return (4 * d * d + 2 * d * hidden) * n + 2 * n * n * d
+
+
+def run_block(block: Any, x: Tensor, class_token_only: bool = False) -> Tensor:
     """One residual attention block: (C, n, D) -> (C, n, D), or (C, 1, D) where only the class token is wanted.
 
     The class token of the last block attends to every token, but no other token's output is ever read: its queries,
     output projection and MLP are the class token's alone.
     """
-    attended = _attention(block.attn, block.ln_1(x), class_token_only)
-    if class_token_only:
-        x = x[:, :1]
-    x = x + block.ls_1(getattr(block, "ln_attn", _IDENTITY)(attended))
+    attended = attend(block.attn, *project(block.attn, block.ln_1(x), class_token_only))
+    return run_mlp(block, add_attended(block, x[:, :1] if class_token_only else x, attended))
+
+
+def add_attended(block: Any, x: Tensor, attended: Tensor) -> Tensor:
+    """The first residual of a block, (C, n, D) twice -> (C, n, D)."""
+    return x + block.ls_1(getattr(block, "ln_attn", _IDENTITY)(attended))
+
+
+def run_mlp(block: Any, x: Tensor) -> Tensor:
+    """The MLP of a block with its residual, (C, n, D) -> (C, n, D)."""
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
-def _attention(attn: Any, x: Tensor, class_token_only: bool) -> Tensor:
-    """Fused self-attention with the weights of either of open_clip's classes, (C, n, D) -> (C, n or 1, D)."""
+def project(attn: Any, x: Tensor, class_token_only: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values with the weights of either of open_clip's attention classes.
+
+    Args:
+        attn: the block's attention.
+        x: (C, n, D), normalised.
+        class_token_only: whether only the class token asks.
+
+    Returns:
+        (C, heads, n or 1, D / heads), and twice (C, heads, n, D / heads).
+    """
     width, weight, bias = x.shape[-1], attn.in_proj_weight, attn.in_proj_bias
     if class_token_only:
         query = F.linear(x[:, :1], weight[:width], None if bias is None else bias[:width])  # (C, 1, D)
@@ -206,7 +225,16 @@ def _attention(attn: Any, x: Tensor, class_token_only: bool) -> Tensor:
     )
     if isinstance(attn, Attention):
         query, key = attn.ln_q(query), attn.ln_k(key)
-    y = _attend(query, key, value)
+    return query, key, value
+
+
+def attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Fused attention and its output projection, on what `project` returns -> (C, n or 1, D).
+
+    Args:
+        bias: what is added to the logits, broadcast to (C, heads, n or 1, n); nothing where None.
+    """
+    y = _attend(query, key, value, bias)
     if isinstance(attn, Attention):
         if attn.head_scale is not None:
             y = y * attn.head_scale
@@ -216,12 +244,13 @@ def _attention(attn: Any, x: Tensor, class_token_only: bool) -> Tensor:
     return attn.out_proj(y)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(query key^T / sqrt(d)) value, (C, heads, q, d) and twice (C, heads, n, d) -> (C, heads, q, d)."""
+def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(query key^T / sqrt(d) + bias) value, (C, heads, q, d), twice (C, heads, n, d) -> (C, heads, q, d)."""
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         # PyTorch's fused kernel takes twice the time of two matrix products here; a chunk's weights fit the cache.
-        return (query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)).softmax(dim=-1) @ value
-    return F.scaled_dot_product_attention(query, key, value)
+        logits = query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)
+        return (logits if bias is None else logits + bias).softmax(dim=-1) @ value
+    return F.scaled_dot_product_attention(query, key, value, bias)
 
 
 _IDENTITY = nn.Identity()
