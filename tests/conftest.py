@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' models are tiny: threads only cost
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 lets everything else on a busy machine go first
 
 import open_clip
 import pytest

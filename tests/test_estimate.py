@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny_search import search
+from tiny_search import search_here
 from torch.utils.flop_counter import FlopCounterMode
 
 from patchrank import estimate, rankings
@@ -91,9 +91,9 @@ def test_bytes_are_those_of_a_file_of_noise(tmp_path, tokens, rates):
     assert predicted * 500 == pytest.approx(written, rel=0.1)
 
 
-def test_the_job_tells_the_cost_and_writes_nothing(data, tmp_path):
+def test_the_job_tells_the_cost_and_writes_nothing(data, address, tmp_path):
     out = tmp_path / "out"
-    told = search(data, out, "--estimate")
+    told = search_here(data, out, "--estimate", address=address)
     assert told.returncode == 0, told.stderr
     assert "images        72 in 6 shards" in told.stdout
     for word in ("candidates", "multiply-adds", "GB an actor", "device-hours", "MB of Parquet"):
@@ -101,16 +101,16 @@ def test_the_job_tells_the_cost_and_writes_nothing(data, tmp_path):
     assert not out.exists()
 
 
-def test_finished_shards_cost_nothing(data, undisturbed):
+def test_finished_shards_cost_nothing(data, undisturbed, address):
     before = sorted(path.name for path in undisturbed.rglob("*"))
-    told = search(data, undisturbed, "--estimate")
+    told = search_here(data, undisturbed, "--estimate", address=address)
     assert told.returncode == 0, told.stderr
     assert "images        0 in 0 shards; 6 shards are finished" in told.stdout
     assert sorted(path.name for path in undisturbed.rglob("*")) == before
 
 
-def test_a_shard_that_cannot_be_read_is_named(data, tmp_path):
+def test_a_shard_that_cannot_be_read_is_named(data, address, tmp_path):
     (tmp_path / "broken.tar").write_bytes(b"no tar at all" * 100)
-    told = search(data, tmp_path / "out", "--estimate", shards=tmp_path / "broken.tar")
+    told = search_here(data, tmp_path / "out", "--estimate", shards=tmp_path / "broken.tar", address=address)
     assert told.returncode != 0
     assert "broken.tar" in told.stderr and "Traceback" not in told.stderr

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import signal
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
 from ray.cluster_utils import Cluster
-from tiny_search import actors, command, search, tables, wait_for
+from tiny_search import command, once_waiting, search, search_here, tables, wait_for
 
 pytest_plugins = ["tiny_results"]
 
@@ -27,7 +29,7 @@ CHECKS = {
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster(environment):
     """A Ray cluster whose head has no room for actors; tests bring their own nodes."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": CHECKS})
     yield cluster
@@ -139,27 +141,26 @@ def test_a_killed_driver_frees_the_cluster_and_the_next_goes_on(cluster, data, u
     assert tables(out) == tables(undisturbed)
 
 
-def test_a_shard_that_kills_its_actor_is_set_aside_and_the_others_are_done(data, undisturbed, hold, tmp_path):
-    out, killed = tmp_path / "out", set()
+def test_a_shard_that_kills_its_actor_is_set_aside_and_the_others_are_done(data, undisturbed, address, hold, tmp_path):
+    out, killed, ended = tmp_path / "out", set(), threading.Event()
     hold.at("2-5")
 
-    def kill_whoever_reads_it(process):
-        while process.poll() is None:
-            with contextlib.suppress(psutil.Error):
-                for actor in actors(process):
-                    if actor.pid in hold.waiting("2-5") - killed:
-                        actor.kill()
-                        killed.add(actor.pid)
-            time.sleep(0.02)
+    def kill_whoever_reads_it():
+        while not ended.wait(0.02):
+            for actor in hold.waiting("2-5") - killed:
+                os.kill(actor, signal.SIGKILL)
+                killed.add(actor)
 
-    with started(data, out, "--actors", "2") as process:
-        killer = threading.Thread(target=kill_whoever_reads_it, args=[process])
-        killer.start()
-        _, stderr = process.communicate(timeout=900)
-        killer.join()
-    assert process.returncode == 1
+    with ThreadPoolExecutor(1) as pool:
+        killer = pool.submit(kill_whoever_reads_it)
+        try:
+            done = search_here(data, out, "--actors", "2", address=address)
+        finally:
+            ended.set()
+        killer.result()
+    assert done.returncode == 1
     shard = re.escape(str(data / "images-2.tar"))
-    assert re.search(rf"^error: {shard}: its worker died 3 times: ", stderr, re.MULTILINE) and "Traceback" not in stderr
+    assert re.search(rf"^error: {shard}: its worker died 3 times: ", done.stderr, re.MULTILINE)
     assert len(killed) == 3
     expected = {name: table for name, table in tables(undisturbed).items() if not name.startswith("images-2-")}
     assert len(expected) == 5 and tables(out) == expected
@@ -191,32 +192,33 @@ def test_a_disk_that_fills_up_stops_the_search_which_goes_on_when_there_is_room(
     assert tables(tmp_path / "out") == tables(undisturbed)
 
 
-def test_a_folder_that_is_removed_stops_the_search_and_is_not_made_anew(data, undisturbed, hold, tmp_path):
+def test_a_folder_that_is_removed_stops_the_search_and_is_not_made_anew(data, undisturbed, address, hold, tmp_path):
     out = tmp_path / "out"
-    hold.at("1-5")
-    with started(data, out, "--actors", "1") as process:
-        wait_for(lambda: hold.waiting("1-5"), process)
+
+    def remove(_):
         while out.exists():
             shutil.rmtree(out, ignore_errors=True)  # the search may be writing
-        hold.release()
-        _, stderr = process.communicate(timeout=900)
-    assert process.returncode == 2
-    assert f"error: {out}: " in stderr and "Traceback" not in stderr
+
+    with once_waiting(hold, "1-5", remove):
+        done = search_here(data, out, "--actors", "1", address=address)
+    assert done.returncode == 2
+    assert f"error: {out}: " in done.stderr
     assert not tables(out)
-    done = search(data, out, "--actors", "1")
+    done = search_here(data, out, "--actors", "1", address=address)
     assert done.returncode == 0, done.stderr
     assert tables(out) == tables(undisturbed)
 
 
-def test_a_table_that_is_taken_away_meanwhile_is_missed_in_the_end(data, undisturbed, hold, tmp_path):
-    out = tmp_path / "out"
-    hold.at("1-5")
-    with started(data, out, "--actors", "1") as process:
-        wait_for(lambda: hold.waiting("1-5"), process)
-        (first,) = out.glob("*.parquet")
-        first.unlink()
-        hold.release()
-        _, stderr = process.communicate(timeout=900)
-    assert process.returncode == 1
-    assert f"error: {data / 'images-0.tar'}: was ranked, but its table has since been taken out of the folder" in stderr
-    assert tables(out) == {name: table for name, table in tables(undisturbed).items() if name != first.name}
+def test_a_table_that_is_taken_away_meanwhile_is_missed_in_the_end(data, undisturbed, address, hold, tmp_path):
+    out, taken = tmp_path / "out", []
+
+    def take(_):
+        taken.extend(out.glob("*.parquet"))
+        taken[0].unlink()
+
+    with once_waiting(hold, "1-5", take):
+        done = search_here(data, out, "--actors", "1", address=address)
+    assert done.returncode == 1 and len(taken) == 1
+    shard = data / "images-0.tar"
+    assert f"error: {shard}: was ranked, but its table has since been taken out of the folder" in done.stderr
+    assert tables(out) == {name: table for name, table in tables(undisturbed).items() if name != taken[0].name}

@@ -11,6 +11,8 @@ import ray
 from cluster.pool import ATTEMPTS, Failed, Pool
 from patchrank.errors import UserError
 
+pytest_plugins = ["shared_ray"]
+
 
 class Fatal(Exception):
     pass
@@ -39,15 +41,14 @@ class Worker:
         if item == "fatal":
             raise Fatal("stop")
         if item == "slow":
-            time.sleep(4)
+            while not (folder / "heard").exists():
+                time.sleep(0.02)
         return item + suffix
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster():
-    here = {"env_vars": {"PYTHONPATH": os.path.dirname(__file__)}}  # actors import this file
-    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-    ray.init(address="local", num_cpus=3, runtime_env=here, **quiet)
+def connected(address):
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 
@@ -72,7 +73,7 @@ def test_a_fatal_error_ends_the_run(tmp_path):
 
 
 def test_actors_without_room_are_not_waited_for(tmp_path):
-    pool = Pool(Worker, tmp_path, size=50, cpus=1, gpus=0)
+    pool = Pool(Worker, tmp_path, size=10, cpus=1, gpus=0)
     assert len(dict(pool.run("work", [f"item-{n}" for n in range(20)], ""))) == 20
     assert 1 <= pool.actors_up <= 3
 
@@ -80,7 +81,13 @@ def test_actors_without_room_are_not_waited_for(tmp_path):
 def test_progress_is_heard_while_an_actor_works(tmp_path):
     pool = Pool(Worker, tmp_path, size=1, cpus=1, gpus=0)
     heard = []
-    assert dict(pool.run("work", ["slow"], "", tick=lambda: heard.append(pool.running()))) == {"slow": "slow"}
+
+    def listen():
+        heard.append(pool.running())
+        if isinstance(heard[-1].get("slow"), int):
+            (tmp_path / "heard").touch()
+
+    assert dict(pool.run("work", ["slow"], "", tick=listen)) == {"slow": "slow"}
     assert any(isinstance(running.get("slow"), int) for running in heard)
     assert all(running.keys() <= {"slow"} for running in heard)  # none before the actor is up
     assert pool.running() == {}

@@ -158,7 +158,7 @@ DRIVER = "import sys; from patchrank import status; status.REPORT_SECONDS = 0.2;
 
 
 @pytest.fixture
-def address(hold):
+def metered(hold):
     """A Ray that tells its metrics twice a second."""
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     ray.init(address="local", num_cpus=2, _system_config={"metrics_report_interval_ms": 500}, **quiet)
@@ -181,10 +181,10 @@ def metrics() -> dict[str, float]:
     return sums
 
 
-def test_a_real_search_is_seen_while_it_runs_and_after_it_was_killed(data, hold, address, tmp_path):
+def test_a_real_search_is_seen_while_it_runs_and_after_it_was_killed(data, hold, metered, tmp_path):
     out = tmp_path / "out"
     hold.at("1-9")  # in the middle of the second shard
-    arguments = command(data, out, "--images-per-batch", "1", "--actors", "1", "--address", address)[2:]
+    arguments = command(data, out, "--images-per-batch", "1", "--actors", "1", "--address", metered)[2:]
     with subprocess.Popen(
         [sys.executable, "-c", DRIVER, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

@@ -7,11 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,19 +21,20 @@ from cluster import training_config
 from cluster.train import TrainingConfig, train
 from patchrank.errors import UserError
 
+pytest_plugins = ["shared_ray"]
+
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="module", autouse=True)
-def workers_find_the_task():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent)]))
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a lost worker is noticed sooner
-        yield
+@pytest.fixture(scope="module")
+def line(address):
+    """A function that learns the line on the shared Ray, by one worker or as many as it is told."""
 
+    def learn(out, task=None, **changes):
+        config = {**CONFIG, "address": address, "workers": 1, "cpus_per_worker": 1, **changes}
+        return train(task or Line(), TrainingConfig(str(out), **config))
 
-def line(out, task=None, **changes):
-    return train(task or Line(), TrainingConfig(str(out), **{**CONFIG, **changes}))
+    return learn
 
 
 def curve(out, name="loss"):
@@ -48,10 +48,10 @@ def weights(out):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(line, tmp_path_factory):
     """The folder of a training by one worker that nothing disturbed."""
     out = tmp_path_factory.mktemp("undisturbed") / "line"
-    done = line(out, workers=1)
+    done = line(out)
     assert (done.steps, done.resumed) == (60, 0)
     assert done.before["error"] > 1 and done.after["error"] < 0.05
     return out
@@ -66,23 +66,40 @@ def test_every_step_and_every_figure_is_logged(undisturbed):
     assert len(list((undisturbed / "checkpoints").glob("step-*"))) == 2
 
 
-def test_two_workers_one_of_them_killed_learn_the_same(undisturbed, tmp_path):
-    victims = []
+@pytest.fixture
+def held(tmp_path):
+    """A file that holds workers in the middle of a training; see `Line`."""
+    path = tmp_path / "held"
+    path.touch()
+    yield path
+    path.unlink(missing_ok=True)
 
+
+def waiting(held, count):
+    """The processes of so many workers, once all of them have come to where they are held."""
+    end = time.monotonic() + 300
+    while len(found := list(held.parent.glob("held.*"))) < count:
+        assert time.monotonic() < end, "the workers have not come so far"
+        time.sleep(0.02)
+    return [int(path.suffix[1:]) for path in found]
+
+
+def test_two_workers_one_of_them_killed_learn_the_same(line, undisturbed, held, tmp_path):
     def kill() -> None:
-        while not victims:
-            time.sleep(0.02)
-            if list((tmp_path / "checkpoints").glob("step-*/state/zero_pp_rank_1*")):
-                found = workers(psutil.Process())
-                victims.append(found[0].pid)
-                found[0].kill()
+        try:
+            os.kill(waiting(held, 2)[0], signal.SIGKILL)
+        finally:
+            held.unlink()
 
-    threading.Thread(target=kill, daemon=True).start()
-    done = line(tmp_path, Line(pause=0.05), workers=2, batch=4)
-    assert victims and done.resumed == 0
-    assert_close(curve(tmp_path), curve(undisturbed))
+    out = tmp_path / "out"
+    with ThreadPoolExecutor(1) as pool:
+        killed = pool.submit(kill)
+        done = line(out, Line(held=str(held)), workers=2, batch=4)
+        killed.result()
+    assert done.resumed == 0
+    assert_close(curve(out), curve(undisturbed))
     for name, value in weights(undisturbed).items():
-        torch.testing.assert_close(weights(tmp_path)[name], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weights(out)[name], value, rtol=1e-4, atol=1e-5)
 
 
 def assert_close(curve, other):
@@ -90,58 +107,52 @@ def assert_close(curve, other):
     assert all(value == pytest.approx(other[step], rel=1e-3, abs=1e-5) for step, value in curve.items())
 
 
-def workers(process):
-    """The training workers of a process."""
-    return [child for child in process.children(recursive=True) if "RayTrainWorker" in " ".join(child.cmdline())]
-
-
-def test_a_stopped_training_goes_on_where_it_was_and_ends_the_same(undisturbed, tmp_path):
-    command = [sys.executable, str(HERE / "tiny_task.py"), str(tmp_path), "0.1"]
+def test_a_stopped_training_goes_on_where_it_was_and_ends_the_same(line, undisturbed, held, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, str(HERE / "tiny_task.py"), str(out), str(held)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        end = time.monotonic() + 120
-        while not list((tmp_path / "checkpoints").glob("step-*/latest")):
-            assert process.poll() is None and time.monotonic() < end, process.communicate()
-            time.sleep(0.05)
-        time.sleep(0.5)  # some steps further
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        _, stderr = process.communicate(timeout=60)
+        try:
+            waiting(held, 1)
+        finally:
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, stderr = process.communicate(timeout=300)
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
-    assert not (tmp_path / "figures.json").exists()
-    done = line(tmp_path, workers=1)
-    assert 0 < done.resumed < 60
-    assert curve(tmp_path) == curve(undisturbed)  # to the bit
-    assert curve(tmp_path, "error") == curve(undisturbed, "error")
-    assert all(value.equal(weights(undisturbed)[name]) for name, value in weights(tmp_path).items())
+    assert not (out / "figures.json").exists()
+    done = line(out)
+    assert done.resumed == 12  # at the checkpoint
+    assert curve(out) == curve(undisturbed)  # to the bit
+    assert curve(out, "error") == curve(undisturbed, "error")
+    assert all(value.equal(weights(undisturbed)[name]) for name, value in weights(out).items())
 
 
-def test_a_finished_training_has_nothing_to_do(undisturbed):
+def test_a_finished_training_has_nothing_to_do(line, undisturbed):
     before = (undisturbed / "line.safetensors").stat().st_mtime_ns
-    done = line(undisturbed, workers=1)
+    done = line(undisturbed)
     assert done.resumed == done.steps == 60 and done.after["error"] < 0.05
     assert (undisturbed / "line.safetensors").stat().st_mtime_ns == before
 
 
-def test_another_training_is_kept_out_of_the_folder(undisturbed):
+def test_another_training_is_kept_out_of_the_folder(line, undisturbed):
     words = r"holds another training \(task.poison: null there, 5 now, learning_rate: 0.1 there, 0.2 now\)"
     with pytest.raises(UserError, match=words):
-        line(undisturbed, Line(poison=5), workers=1, learning_rate=0.2)
+        line(undisturbed, Line(poison=5), learning_rate=0.2)
 
 
-def test_a_loss_that_is_no_number_stops_the_training_with_step_and_learning_rate(tmp_path):
+def test_a_loss_that_is_no_number_stops_the_training_with_step_and_learning_rate(line, tmp_path):
     with pytest.raises(UserError, match=r"the loss of step 15 is nan, at learning rate 0\.09\d+;"):
-        line(tmp_path, Line(poison=15), workers=1)
+        line(tmp_path, Line(poison=15))
     assert not (tmp_path / "line.safetensors").exists()
 
 
-def test_an_edited_deepspeed_configuration_counts(undisturbed, tmp_path):
+def test_an_edited_deepspeed_configuration_counts(line, undisturbed, tmp_path):
     """bfloat16, SGD and no schedule, and two batches a step."""
     config = json.loads(training_config.DEFAULT.read_text())
     config |= {"bf16": {"enabled": True}, "optimizer": {"type": "SGD", "params": {"lr": "auto"}}}
     config |= {"zero_allow_untested_optimizer": True}
     del config["scheduler"]
     (tmp_path / "deepspeed.json").write_text(json.dumps(config))
-    done = line(tmp_path / "out", workers=1, batch=4, accumulate=2, deepspeed=str(tmp_path / "deepspeed.json"))
+    done = line(tmp_path / "out", batch=4, accumulate=2, deepspeed=str(tmp_path / "deepspeed.json"))
     assert done.steps == 60
     assert done.after["error"] < 0.05
     assert list(curve(tmp_path / "out", "learning rate").values()) == pytest.approx([0.1] * 60)
@@ -172,6 +183,6 @@ def test_bad_deepspeed_configurations_are_refused(tmp_path, text, words):
     "changes, words",
     [({"batch": 0}, "--batch 0"), ({"epochs": 0}, "--epochs 0"), ({"learning_rate": float("nan")}, "--learning-rate")],
 )
-def test_flags_that_make_no_sense_are_refused(tmp_path, changes, words):
+def test_flags_that_make_no_sense_are_refused(line, tmp_path, changes, words):
     with pytest.raises(UserError, match=words):
         line(tmp_path, **changes)

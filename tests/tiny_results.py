@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset as wds
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_search import Hold, search
+from tiny_search import search
+
+pytest_plugins = ["shared_ray"]
 
 CLASSES = ["ant", "bee", "cat"]
 
@@ -55,17 +55,3 @@ def undisturbed(data, tmp_path_factory):
     assert "72 ranked, 0 rejected" in done.stdout
     assert "jobs/query.py" in done.stdout
     return out
-
-
-@pytest.fixture
-def hold(tmp_path, monkeypatch):
-    """Holds up actors at images, so that a test decides how far a search comes: see `Hold`.
-
-    In effect in every process that is started from now on; and in the end all of them go on.
-    """
-    held = Hold(tmp_path / "held")
-    monkeypatch.setenv("HELD", str(held.folder))
-    paths = [str(Path(__file__).parent / "held"), os.environ.get("PYTHONPATH")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
-    yield held
-    held.release()

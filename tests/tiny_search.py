@@ -1,14 +1,20 @@
-"""A search that takes seconds, as a user runs it: jobs/search.py in a process of its own."""
+"""A search that takes seconds: jobs/search.py as a user runs it, in a process of its own, or its main function here."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
+
+from jobs import search as job
+from patchrank.errors import run
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,6 +33,18 @@ def search(data, out, *flags, **named):
     return subprocess.run(command(data, out, *flags, **named), capture_output=True, text=True, timeout=900)
 
 
+def search_here(data, out, *flags, address, **named):
+    """The same without the seconds that a process and a Ray of its own take: what jobs/search.py does, done here."""
+    arguments = [*command(data, out, **named)[2:], "--address", address, *flags]
+    stdout, stderr, status = io.StringIO(), io.StringIO(), None
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        try:
+            run(lambda: job.main(arguments))
+        except SystemExit as end:
+            status = end.code
+    return subprocess.CompletedProcess(arguments, status, stdout.getvalue(), stderr.getvalue())
+
+
 def tables(out):
     """Every table of a folder by file name, as rows."""
     return {path.name: pq.read_table(path).to_pylist() for path in sorted(Path(out).glob("*.parquet"))}
@@ -38,36 +56,29 @@ def actors(process):
     return [child for child in children if "ray::RankingActor" in " ".join(child.cmdline())]
 
 
-def wait_for(condition, process, seconds=300):
-    """Wait until something happens while the process runs."""
+def wait_for(condition, process=None, seconds=300):
+    """Wait until something happens, while the process runs if it depends on one; what the condition found."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end and process.poll() is None:
+    while time.monotonic() < end and (process is None or process.poll() is None):
         if found := condition():
             return found
         time.sleep(0.02)
-    raise AssertionError(f"did not happen; the search says:\n{process.communicate(timeout=60)}")
+    raise AssertionError(f"did not happen; the search says:\n{process and process.communicate(timeout=60)}")
 
 
-class Hold:
-    """Images that no actor reads beyond, however fast the machine is; `folder` has a file for each.
+@contextlib.contextmanager
+def once_waiting(hold, key, act):
+    """While a search runs here: once an actor waits at an image, `act(process id)`, and whoever waits goes on."""
 
-    An image goes by its key, SHARD-NUMBER.
-    """
+    def wait():
+        try:
+            (waiting,) = wait_for(lambda: hold.waiting(key))
+            act(waiting)
+        finally:
+            hold.release()
 
-    def __init__(self, folder):
-        self.folder = folder
-        folder.mkdir()
-
-    def at(self, *keys):
-        """From now on actors that come to these images wait there."""
-        for key in keys:
-            (self.folder / key).touch()
-
-    def waiting(self, key):
-        """The processes that have come to an image and wait there, or have died there."""
-        return {int(path.suffix[1:]) for path in self.folder.glob(f"{key}.*")}
-
-    def release(self):
-        """Everyone goes on."""
-        for path in self.folder.iterdir():
-            path.unlink()
+    hold.at(key)
+    with ThreadPoolExecutor(1) as pool:
+        acting = pool.submit(wait)
+        yield
+        acting.result()

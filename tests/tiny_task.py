@@ -1,10 +1,11 @@
 """A task for the training loop that takes no time: a straight line, learnt from points.
 
-python tests/tiny_task.py OUT PAUSE    # as a job would train it; PAUSE is in seconds a step
+python tests/tiny_task.py OUT HELD    # as a job would train it; for HELD see `Line`
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -22,11 +23,15 @@ CONFIG = {"epochs": 2, "batch": 8, "learning_rate": 0.1}  # 60 steps of 8 points
 
 @dataclass
 class Line:
-    """Learns y = 3 x - 1; `poison` is a step whose points have no y, `pause` the seconds that a batch takes."""
+    """Learns y = 3 x - 1.
+
+    `poison` is a step whose points have no y. While there is a file `held`, workers wait at the 20th step, two thirds
+    of the way from the first checkpoint to the second, and leave HELD.PID.
+    """
 
     name: str = "line"
     poison: int | None = None
-    pause: float = 0.0
+    held: str | None = None
 
     def settings(self):
         return {"slope": 3, "poison": self.poison}
@@ -41,8 +46,10 @@ class Line:
     def batches(self, rank, world, size, accumulation, start):
         for step in range(start, 10**9):
             points = torch.randn(world * accumulation, size, 1, generator=torch.Generator().manual_seed(step))
+            while step == 19 and self.held and os.path.exists(self.held):
+                Path(f"{self.held}.{os.getpid()}").touch()
+                time.sleep(0.02)
             for x in points[rank::world].to(self.device):  # (B, 1)
-                time.sleep(self.pause)
                 yield x, 3 * x - 1 if step + 1 != self.poison else x * torch.nan
 
     def loss(self, module, batch):
@@ -63,4 +70,4 @@ class Line:
 if __name__ == "__main__":
     import tiny_task  # the workers know the class by this name
 
-    run(lambda: print(train(tiny_task.Line(pause=float(sys.argv[2])), TrainingConfig(sys.argv[1], **CONFIG))) or 0)
+    run(lambda: print(train(tiny_task.Line(held=sys.argv[2]), TrainingConfig(sys.argv[1], **CONFIG))) or 0)

@@ -1,6 +1,7 @@
 """Python imports this at its start where tests/held is on PYTHONPATH: readers of tars wait where a test wants them to.
 
-See the fixture `hold` in tiny_results.py, which makes and removes the files in $HELD.
+A file in the folder $HELD, named as the key of a sample, holds everyone who comes to that sample until it is removed;
+those who wait leave KEY.PID there. See `Hold` in shared_ray.py.
 """
 
 from __future__ import annotations

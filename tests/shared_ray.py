@@ -1,0 +1,62 @@
+"""One Ray for many tests, started and left once: `pytest_plugins = ["shared_ray"]`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from ray.cluster_utils import Cluster
+
+HERE = Path(__file__).parent
+
+
+class Hold:
+    """Images that no actor reads beyond, however fast the machine is, so that a test decides how far a search comes.
+
+    An image goes by its key, as in tiny_results.py: SHARD-NUMBER. `folder` is what held/sitecustomize.py looks into.
+    """
+
+    def __init__(self, folder):
+        self._folder = folder
+
+    def at(self, *keys):
+        """From now on actors that come to these images wait there."""
+        for key in keys:
+            (self._folder / key).touch()
+
+    def waiting(self, key):
+        """The processes that have come to an image and wait there, or have died there."""
+        return {int(path.suffix[1:]) for path in self._folder.glob(f"{key}.*")}
+
+    def release(self):
+        """Everyone goes on."""
+        for path in self._folder.iterdir():
+            path.unlink()
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """What processes must have in theirs to be held up, to find the tests' own modules, and to miss a worker soon."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HELD", str(tmp_path_factory.mktemp("held")))
+        paths = [str(HERE / "held"), str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH")]
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        yield
+
+
+@pytest.fixture
+def hold(environment):
+    """See `Hold`; in effect in the shared Ray and in every process that the test starts."""
+    held = Hold(Path(os.environ["HELD"]))
+    yield held
+    held.release()
+
+
+@pytest.fixture(scope="session")
+def address(environment):
+    """Of a Ray with room for three actors of a core."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3})
+    yield cluster.address
+    cluster.shutdown()
