@@ -8,12 +8,13 @@ PY := $(VENV)/bin/python
 search: $(VENV)/installed
 	$(PY) jobs/search.py
 
-# Search, predictor, tokens and their comparison on test images. Stopped at any time, it goes on where it was.
+# Search, predictor, tokens, their evaluation on test images and a report of it. Stopped at any time, it goes on where it was.
 pipeline: search
 	$(PY) jobs/search.py --model embedded --shards 'patchrank/assets/shards/test-*.tar.gz' --out test-rankings
 	$(PY) jobs/train_predictor.py
 	$(PY) jobs/train_tokens.py
-	$(PY) jobs/compare.py --predictor predictor --tokens tokens
+	$(PY) jobs/evaluate.py --predictor predictor --tokens tokens --save-bundle bundle
+	$(PY) jobs/report.py evaluation
 
 test: $(VENV)/installed
 	$(PY) -m pytest

@@ -8,9 +8,10 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import pyarrow as pa
 import ray
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from cluster.pool import Failed
 from cluster.progress import ShardReport
 from patchrank import rankings, shards, storage
 from patchrank.estimate import seconds_per_image
+from patchrank.evaluate import EvaluatedShard
 from patchrank.images import decode, limit_pixels
 from patchrank.progress import Progress
 from patchrank.ranker import RankedShard, ShardRanker, class_sums
@@ -109,7 +111,7 @@ class RankingActor:
         """Rank a shard and write its table and its rejects. Raises OutputError where they cannot be written."""
         start, self._progress = time.monotonic(), Progress()
         self._metrics = Metrics(self._progress)
-        _check_folder(plan)
+        check_folder(plan.folder, plan.fingerprint)
         tower, preprocess = self._load(shared)
         searcher = Searcher(
             tower, plan.config, plan.classes, plan.logit_scale, plan.keep_rates, plan.candidates_per_batch
@@ -118,7 +120,7 @@ class RankingActor:
         ranker = ShardRanker(searcher, preprocess, num_classes, plan.images_per_batch, plan.limit)
         ranked = ranker.rank(shard, self._progress)
         with self._progress.timed("write"):
-            size = _write(plan, shard, ranked)
+            size = write(plan.folder, plan.fingerprint, shard, ranked)
         self._metrics.tell()
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         process = f"{socket.gethostname()} {os.getpid()}"
@@ -158,30 +160,40 @@ class RankingActor:
         return sums, counts, self._progress
 
 
-def _write(plan: Plan, shard: str, ranked: RankedShard) -> int:
-    """Write what came of a shard; the number of bytes. Raises OutputError where that will not do for any other."""
+def write(
+    folder: str,
+    fingerprint: str,
+    shard: str,
+    found: RankedShard | EvaluatedShard,
+    kind: str = "search",
+    encoded: Callable[[pa.Table, Mapping[str, str]], bytes] | None = None,
+) -> int:
+    """Write what came of a shard; the number of bytes. Raises OutputError where that will not do for any other.
+
+    Args:
+        kind, encoded: as for `rankings.prepare` and `rankings.write`.
+    """
     size = 0
     try:
-        _check_folder(
-            plan
-        )  # it may have been taken away meanwhile, and writing would make another, without search.json
-        if ranked.error:  # first, lest the part that could be read should ever pass for the whole
-            rankings.record_failure(plan.folder, shard, ranked.error)
-        if ranked.error is None or len(ranked.table) or ranked.rejects:
-            size = rankings.write(plan.folder, shard, ranked.table, ranked.rejects, plan.fingerprint)
-        if ranked.error is None:
-            rankings.clear_failure(plan.folder, shard)
+        # It may have been taken away meanwhile, and writing would make another, without search.json.
+        check_folder(folder, fingerprint, kind)
+        if found.error:  # first, lest the part that could be read should ever pass for the whole
+            rankings.record_failure(folder, shard, found.error)
+        if found.error is None or len(found.table) or found.rejects:
+            size = rankings.write(folder, shard, found.table, found.rejects, fingerprint, encoded)
+        if found.error is None:
+            rankings.clear_failure(folder, shard)
     except OSError as error:
         if error.errno not in _LASTING:
             raise
-        raise OutputError(f"{plan.folder}: cannot be written: {storage.one_line(error)}") from None
+        raise OutputError(f"{folder}: cannot be written: {storage.one_line(error)}") from None
     return size
 
 
-def _check_folder(plan: Plan) -> None:
-    """Raises OutputError where this machine does not see the folder of the search."""
-    if not rankings.holds(plan.folder, plan.fingerprint):
+def check_folder(folder: str, fingerprint: str, kind: str = "search") -> None:
+    """Raises OutputError where this machine does not see the folder of the job."""
+    if not rankings.holds(folder, fingerprint, kind):
         raise OutputError(
-            f"{plan.folder}: as seen from {socket.gethostname()} not the folder of this search; it must stay where it "
+            f"{folder}: as seen from {socket.gethostname()} not the folder of this {kind}; it must stay where it "
             "is, and with several nodes be in a bucket or on a shared disk"
         )

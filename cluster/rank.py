@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import ray
 import torch
-import torch.nn.functional as F
 
 from cluster.actor import OutputError, Plan, RankingActor, Shared
+from cluster.class_source import class_source, make_prototypes, usable
 from cluster.places import Places, connected
 from cluster.pool import Failed, Pool
 from cluster.progress import Meter, ShardReport
 from patchrank import __version__, classes, models, rankings, shards, status, storage
-from patchrank.classes import CLASSES_FILE, Classes
+from patchrank.classes import CLASSES_FILE
 from patchrank.errors import UserError
 from patchrank.images import MAX_PIXELS
 from patchrank.models import Model
@@ -54,8 +52,8 @@ class SearchJob:
 
 
 @dataclass
-class SearchSummary:
-    """The outcome of `search`; sums are of this run alone."""
+class Summary:
+    """The outcome of a job that makes a table of every shard; sums are of this run alone."""
 
     folder: str
     shards: int
@@ -67,6 +65,11 @@ class SearchSummary:
     def total(self, name: str) -> int:
         """The sum of "images", "rejects" or "candidates" over this run's shards."""
         return sum(getattr(report.progress, name) for report in self.reports.values())
+
+
+@dataclass
+class SearchSummary(Summary):
+    """The outcome of `search`."""
 
     def mean_cosine(self) -> list[float]:
         """Of the images of this run, the mean cosine between pruned and whole image at each keep rate."""
@@ -97,10 +100,10 @@ def search(job: SearchJob) -> SearchSummary:
     names = classes.read_names(job.class_names) if job.class_names else None
     model = models.load(job.model, job.pretrained)
     folder = storage.absolute(job.out)
-    identity, known = _class_source(job, model, folder, names, prototypes)
+    identity, known = class_source(job, model, folder, names, prototypes)
     names = known.names if known else names if identity else None
     flags = (job.address, job.actors, job.cpus_per_actor, job.gpus_per_actor)
-    with connected(*flags, shards=len(uris)) as places, _usable(folder):
+    with connected(*flags, shards=len(uris)) as places, usable(folder):
         tower = Tower(model.visual, job.cut, models.resolve_dtype(job.dtype, places.gpu), name=job.model)
         anything = torch.zeros(1, tower.embed_dim) if identity else None
         # Refuses what does not fit, before anything is written.
@@ -117,7 +120,7 @@ def search(job: SearchJob) -> SearchSummary:
         size = min(places.actors, max(len(todo), len(prototypes)))
         pool = Pool(RankingActor, shared, size, places.cpus, places.gpus, (OutputError,), places.room)
         if identity and known is None:
-            known = _prototypes(pool, prototypes, folder, identity, names, images_per_batch(job, places))
+            known = make_prototypes(pool, prototypes, folder, identity, names, images_per_batch(job, places))
         if known:
             classes.save(storage.join(folder, CLASSES_FILE), known)
         plan = Plan(
@@ -131,9 +134,7 @@ def search(job: SearchJob) -> SearchSummary:
             candidates_per_batch=job.candidates_per_batch,
             limit=job.limit,
         )
-        _rank(pool, plan, todo, summary)
-        for uri in summary.reports.keys() - summary.failures.keys() - rankings.finished(folder, todo):
-            summary.failures[uri] = "was ranked, but its table has since been taken out of the folder"
+        work_through(pool, "rank", "search", ray.put(plan), todo, summary)
         summary.seconds = time.monotonic() - start
     return summary
 
@@ -143,18 +144,26 @@ def images_per_batch(job: SearchJob, places: Places) -> int:
     return job.images_per_batch or (64 if places.gpu else 4)
 
 
-def _rank(pool: Pool, plan: Plan, todo: list[str], summary: SearchSummary) -> None:
-    """Have the shards ranked and fill in the summary."""
-    with contextlib.closing(Meter("search", summary.shards, plan.folder, summary.resumed)) as meter:
+def work_through(pool: Pool, method: str, title: str, plan: ray.ObjectRef, todo: list[str], summary: Summary) -> None:
+    """Have every shard worked on by a method of the pool's actors, which write its table, and fill in the summary.
+
+    Args:
+        method: (shared, shard, plan) -> ShardReport.
+        title: of the progress bar.
+
+    Raises:
+        UserError: tables cannot be written.
+    """
+    with contextlib.closing(Meter(title, summary.shards, summary.folder, summary.resumed)) as meter:
 
         def show() -> None:
             meter.show(pool.running(), pool.actors_up)
 
         try:
-            for uri, report in pool.run("rank", todo, ray.put(plan), tick=show):
+            for uri, report in pool.run(method, todo, plan, tick=show):
                 if isinstance(report, Failed):
                     summary.failures[uri] = report.reason
-                    rankings.record_failure(plan.folder, uri, report.reason)
+                    rankings.record_failure(summary.folder, uri, report.reason)
                     meter.fail()
                     continue
                 summary.reports[uri] = report
@@ -164,68 +173,8 @@ def _rank(pool: Pool, plan: Plan, todo: list[str], summary: SearchSummary) -> No
                 show()
         except OutputError as error:
             raise UserError(f"{error}; finished shards are kept: mend this and run the same command again") from None
-
-
-@contextlib.contextmanager
-def _usable(folder: str) -> Iterator[None]:
-    """Errors of the disk or the bucket become one line."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{folder}: {storage.one_line(error)}; finished shards are kept") from None
-
-
-def _class_source(
-    job: SearchJob, model: Model, folder: str, names: list[str] | None, prototypes: list[str]
-) -> tuple[str | None, Classes | None]:
-    """The identity of the class embeddings, and these unless they are prototypes, which actors have yet to make.
-
-    Those that an earlier run kept in the folder come first: rounding depends on the machine, so a search that goes on
-    elsewhere must not make its own.
-    """
-    if job.class_embeddings and prototypes:
-        raise UserError("--class-embeddings and --prototypes exclude each other: choose one")
-    if job.class_embeddings:
-        found = classes.from_file(job.class_embeddings, model.visual.output_dim, names)
-        return found.identity, found
-    kept = storage.join(folder, CLASSES_FILE)
-    if prototypes:
-        made_from = [model.weights, str(names and len(names)), *prototypes]
-        identity = f"prototypes {hashlib.sha256(chr(10).join(made_from).encode()).hexdigest()[:16]}"
-        return identity, classes.load(kept, identity, names)
-    if names:
-        prompts = classes.templates(job.templates)
-        identity = classes.text_identity(model, names, prompts)
-        return identity, classes.load(kept, identity, names) or classes.from_text(model, names, prompts)
-    return None, None
-
-
-def _prototypes(
-    pool: Pool, uris: list[str], folder: str, identity: str, names: list[str] | None, images_per_batch: int
-) -> Classes:
-    """Have the prototypes made."""
-    by_shard = {}
-    with contextlib.closing(Meter("prototypes", len(uris), folder)) as meter:
-
-        def show() -> None:
-            meter.show(pool.running(), pool.actors_up)
-
-        for uri, result in pool.run("class_sums", uris, names and len(names), images_per_batch, tick=show):
-            if isinstance(result, Failed):
-                raise UserError(f"--prototypes {uri}: {result.reason}")
-            by_shard[uri] = result
-            meter.add(result[2])
-            show()
-    parts = [by_shard[uri] for uri in uris]  # in this order, not that of the actors: addition rounds
-    left_out = sum(progress.rejects for _, _, progress in parts)
-    if left_out:
-        print(
-            f"warning: {left_out} samples of --prototypes have no readable image and label of a class", file=sys.stderr
-        )
-    size = max(len(counts) for _, counts, _ in parts)
-    sums = torch.stack([F.pad(sums, (0, 0, 0, size - len(sums))) for sums, _, _ in parts]).sum(dim=0)  # (K, E)
-    counts = torch.stack([F.pad(counts, (0, size - len(counts))) for _, counts, _ in parts]).sum(dim=0)  # (K,)
-    return classes.from_sums(sums, counts, identity, names)
+    for uri in summary.reports.keys() - summary.failures.keys() - rankings.finished(summary.folder, todo):
+        summary.failures[uri] = "was ranked, but its table has since been taken out of the folder"
 
 
 def _settings(

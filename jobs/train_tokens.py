@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _, record = trained.load(summary.folder, NAME)
     training_flags.show(summary, record)
     print(f"tokens        {summary.folder}")
-    print(f"next          python jobs/compare.py --predictor {args.predictor} --tokens {args.out}")
+    compared = f"--rankings {args.rankings} --held-out {args.held_out}"
+    print(f"next          python jobs/evaluate.py {compared} --predictor {args.predictor} --tokens {args.out}")
     return 0
 
 

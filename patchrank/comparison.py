@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from patchrank.matching import matching_rate
 from patchrank.pairs import PairBatch
 from patchrank.predictor import count_kept, select
 from patchrank.prompts import VisualTokens
+from patchrank.search import tokens_kept
 from patchrank.vit import Tower
 
 UNPRUNED = "unpruned"
@@ -28,11 +29,65 @@ class Method:
         usefulness: tells which tokens stay; all do where None.
         tokens: learnable tokens that go along.
         classes: (K, E) normalised class embeddings of its own, which learnable text tokens give.
+        whole: for what is no choice of tokens: the image tower, (B, 3, H, W) -> (B, E), that prunes to a keep rate.
     """
 
     usefulness: Usefulness | None = None
     tokens: VisualTokens | None = None
     classes: Tensor | None = None
+    whole: Callable[[float], Callable[[Tensor], Tensor]] | None = None
+
+    @property
+    def prunes(self) -> bool:
+        """Whether it leaves less at a lower keep rate."""
+        return self.usefulness is not None or self.whole is not None
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A batch of images pruned by one method at one keep rate.
+
+    Attributes:
+        method, keep: which.
+        embeddings: (B, E) float32, not normalised.
+        usefulness: (B, N) by token id, high = keep; None where nothing was chosen.
+        kept: (B, n) int64, ascending ids of the tokens that stay; None likewise.
+    """
+
+    method: str
+    keep: float
+    embeddings: Tensor
+    usefulness: Tensor | None = None
+    kept: Tensor | None = None
+
+
+@torch.no_grad()
+def prune_batch(
+    tower: Tower, methods: Mapping[str, Method], keep_rates: Sequence[float], batch: PairBatch
+) -> Iterator[Pruned]:
+    """Prune a batch of images in every way, the unpruned one first; what is before the cut runs once for all of them.
+
+    Args:
+        methods: by name; `UNPRUNED` is not among them.
+        keep_rates: that leave at least a token.
+    """
+    full_tokens = tower.prefix(batch.pixels)  # (B, 1 + N, D)
+    yield Pruned(UNPRUNED, 1.0, tower.suffix(full_tokens))
+    for name, method in methods.items():
+        if method.whole is not None:
+            pixels = batch.pixels.to(tower.device, tower.dtype)
+            for keep in keep_rates:
+                yield Pruned(name, keep, method.whole(keep)(pixels).to(tower.visual.proj.dtype))
+            continue
+        tokens = full_tokens if method.tokens is None else method.tokens.prefix(tower, batch.pixels)
+        if method.usefulness is None:
+            yield Pruned(name, 1.0, tower.suffix(tokens))
+            continue
+        patches = tokens[:, : 1 + tower.num_tokens]  # (B, 1 + N, D), without learnable tokens
+        usefulness = method.usefulness(patches, batch)  # (B, N)
+        for keep in keep_rates:
+            kept = select(usefulness, tokens_kept(tower.num_tokens, keep))
+            yield Pruned(name, keep, tower.suffix(tokens, kept), usefulness, kept)
 
 
 @dataclass(frozen=True)
@@ -83,38 +138,28 @@ class Comparison:
         m: int | None = None,
     ) -> None:
         self.tower = tower
-        self.methods = {UNPRUNED: Method(), **methods}
+        self.methods = dict(methods)
         self.counts = {keep: count_kept(tower.num_tokens, keep, "--keep-rates") for keep in keep_rates}
         self.classes = classes
         self.m = m
-        self._cells = [
-            (name, keep)
-            for name, method in self.methods.items()
-            for keep in (keep_rates if method.usefulness else (1.0,))
+        self._cells = [(UNPRUNED, 1.0)] + [
+            (name, keep) for name, method in methods.items() for keep in (keep_rates if method.prunes else (1.0,))
         ]
         self.sums = torch.zeros(len(self._cells), len(_FIGURES), dtype=torch.float64)
 
-    @torch.no_grad()
     def add(self, batch: PairBatch) -> None:
         """Prune a batch of images in every way."""
-        full_tokens = self.tower.prefix(batch.pixels)  # (B, 1 + N, D)
-        full = self.tower.suffix(full_tokens)  # (B, E)
-        ranking = None if batch.ranking is None else batch.ranking.to(full.device)
-        for name, method in self.methods.items():
-            tokens = full_tokens if method.tokens is None else method.tokens.prefix(self.tower, batch.pixels)
-            patches = tokens[:, : 1 + self.tower.num_tokens]  # (B, 1 + N, D), without learnable tokens
-            usefulness = None if method.usefulness is None else method.usefulness(patches, batch)  # (B, N)
-            for row, (row_name, keep) in enumerate(self._cells):
-                if row_name != name:
-                    continue
-                kept = None if usefulness is None else select(usefulness, self.counts[keep])
-                embeddings = self.tower.suffix(tokens, kept)  # (B, E)
-                figures = self._labelled(embeddings, method, batch)
-                figures |= {"images": len(full), "cosine": F.cosine_similarity(embeddings, full).double().sum().item()}
-                if ranking is not None and usefulness is not None:
-                    rates = matching_rate(usefulness, ranking, self.m or self.counts[keep])
-                    figures |= {"ranked": len(full), "matching": rates.double().sum().item()}
-                self.sums[row] += torch.tensor([figures.get(figure, 0.0) for figure in _FIGURES], dtype=torch.float64)
+        full = None
+        for row, pruned in enumerate(prune_batch(self.tower, self.methods, list(self.counts), batch)):
+            full = pruned.embeddings if full is None else full  # (B, E)
+            figures = self._labelled(pruned, batch)
+            cosine = F.cosine_similarity(pruned.embeddings, full).double().sum().item()
+            figures |= {"images": len(full), "cosine": cosine}
+            if batch.ranking is not None and pruned.usefulness is not None:
+                ranking = batch.ranking.to(full.device)
+                rates = matching_rate(pruned.usefulness, ranking, self.m or self.counts[pruned.keep])
+                figures |= {"ranked": len(full), "matching": rates.double().sum().item()}
+            self.sums[row] += torch.tensor([figures.get(figure, 0.0) for figure in _FIGURES], dtype=torch.float64)
 
     def rows(self) -> list[Row]:
         """The figures so far, method by method in the order given, keep rate by keep rate."""
@@ -133,10 +178,12 @@ class Comparison:
             )
         return result
 
-    def _labelled(self, embeddings: Tensor, method: Method, batch: PairBatch) -> dict[str, float]:
-        classes = self.classes if method.classes is None else method.classes
+    def _labelled(self, pruned: Pruned, batch: PairBatch) -> dict[str, float]:
+        own = self.methods[pruned.method].classes if pruned.method in self.methods else None
+        classes = self.classes if own is None else own
         if classes is None:
             return {}
+        embeddings = pruned.embeddings
         prediction = (embeddings @ classes.to(embeddings).T).argmax(dim=1).cpu()  # (B,); a length changes no argmax
         labelled = batch.labels >= 0
         return {"labelled": labelled.sum().item(), "hits": (labelled & (prediction == batch.labels)).sum().item()}

@@ -176,14 +176,18 @@ def file_name(shard: str) -> str:
     return f"{stem}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}.parquet"
 
 
-def read_search(folder: str) -> dict[str, Any] | None:
+def read_search(folder: str, kind: str = "search") -> dict[str, Any] | None:
     """The content of search.json: `settings` and their `fingerprint`; None where there is no such file.
+
+    Args:
+        kind: of what the folder holds, "search" or "evaluation"; the file is named after it.
 
     Raises:
         UserError: it is damaged, has been edited, or has another version.
         OSError: it cannot be read.
     """
-    path = storage.join(folder, "search.json")
+    path = storage.join(folder, f"{kind}.json")
+    again = {"search": "search again"}.get(kind, "evaluate again")
     try:
         data = storage.read_bytes(path)
     except FileNotFoundError:
@@ -192,12 +196,12 @@ def read_search(folder: str) -> dict[str, Any] | None:
         content = json.loads(data)
         version, theirs, ours = content["format"], content["fingerprint"], fingerprint(content["settings"])
     except (ValueError, TypeError, LookupError, AttributeError):
-        raise UserError(f"{path}: damaged; restore it, or delete the folder and search again") from None
+        raise UserError(f"{path}: damaged; restore it, or delete the folder and {again}") from None
     if version != VERSION:
         raise UserError(f"{path}: has format {version}, and this version of patchrank reads {VERSION}")
     if theirs != ours:
         raise UserError(
-            f"{path}: was edited, these are not the settings of the search; restore it or delete the folder"
+            f"{path}: was edited, these are not the settings of the {kind}; restore it or delete the folder"
         )
     return content
 

@@ -81,7 +81,7 @@ class Partners:
 class _Pair(Sample):
     """A sample with the shard that it is from and its row of the table, or None where it was never ranked."""
 
-    shard: str
+    shard: str = ""
     ranking: Tensor | None = None
     score: Tensor | None = None
 
@@ -266,7 +266,7 @@ class Pairs:
                     continue
                 found.joined += 1
                 ranking, score = table["ranking"][number], table["score"][number]
-                yield _Pair(sample.key, sample.image, sample.label, shard, ranking, score)
+                yield _Pair(sample.key, sample.image, sample.label, (), shard, ranking, score)
         except ShardError as error:  # the other shards are still good
             found.error = str(error)
         found.without_image = len(row)
@@ -324,7 +324,7 @@ def unranked(
             try:
                 for sample in read(uri, limit):
                     if isinstance(sample, Sample):
-                        yield _Pair(sample.key, sample.image, sample.label, uri)
+                        yield _Pair(sample.key, sample.image, sample.label, (), uri)
             except ShardError as error:
                 raise UserError(f"{uri}: {error}") from None
 

@@ -85,7 +85,7 @@ class PrunedTower(nn.Module):
                 x, first = self._join(x)
             before = x
             x = run_block(block, x, class_token_only=number == len(blocks) - 1)
-        return visual.ln_post(x[:, 0]) @ visual.proj
+        return visual.ln_post(x[:, 0].to(visual.proj.dtype)) @ visual.proj
 
     def _join(self, x: Tensor) -> tuple[Tensor, int]:
         """Learnable tokens put behind the class token, (B, 1 + n, D) -> (B, 1 + b + n, D), and the first patch's place.
@@ -147,7 +147,8 @@ class MergedTower(nn.Module):
         blocks = visual.transformer.resblocks
         for number, merges in enumerate(self.merges):
             x, sizes = merging.merge_block(blocks[number], x, sizes, merges)
-        return visual.ln_post(merging.last_block(blocks[-1], x, sizes)[:, 0]) @ visual.proj
+        x = merging.last_block(blocks[-1], x, sizes)[:, 0]  # (B, D)
+        return visual.ln_post(x.to(visual.proj.dtype)) @ visual.proj
 
     def multiply_adds(self) -> int:
         """Exact multiply-adds of an image, the matching's included; norms and activations are not counted."""

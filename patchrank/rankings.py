@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -161,10 +161,20 @@ def table(
     return pa.Table.from_arrays(arrays, schema=schema(num_tokens))
 
 
-def write(folder: str, shard: str, table: pa.Table, rejects: Sequence[Reject], fingerprint: str) -> int:
+def write(
+    folder: str,
+    shard: str,
+    table: pa.Table,
+    rejects: Sequence[Reject],
+    fingerprint: str,
+    encoded: Callable[[pa.Table, Mapping[str, str]], bytes] | None = None,
+) -> int:
     """Write what came of a shard, its rejects first, so that a shard with a rankings file is finished.
 
     The same rows give the same bytes, however they were batched.
+
+    Args:
+        encoded: table, metadata -> the bytes of a file, for tables that are not of rankings.
 
     Returns:
         The number of bytes written.
@@ -178,19 +188,19 @@ def write(folder: str, shard: str, table: pa.Table, rejects: Sequence[Reject], f
     rejects_file = storage.join(folder, "rejects", name)
     if rejects:
         rows = [{"key": reject.key, "shard": storage.absolute(shard), "reason": reject.reason} for reject in rejects]
-        data = _serialise(pa.Table.from_pylist(rows, REJECTS_SCHEMA), metadata)
+        data = serialise(pa.Table.from_pylist(rows, REJECTS_SCHEMA), metadata)
         storage.write_atomic(rejects_file, data)
         written += len(data)
     else:
         storage.delete(rejects_file)  # of an earlier try that could read less of the shard
-    data = encode(table, metadata)
+    data = (encoded or encode)(table, metadata)
     storage.write_atomic(storage.join(folder, name), data)
     return written + len(data)
 
 
 def encode(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
     """A table of rankings as the bytes of a Parquet file."""
-    return _serialise(
+    return serialise(
         table.combine_chunks(),  # batches would show in the pages of the file
         metadata,
         use_dictionary=list(_REPEATED),
@@ -198,13 +208,14 @@ def encode(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
     )
 
 
-def _serialise(table: pa.Table, metadata: Mapping[str, str], **options: Any) -> bytes:
+def serialise(table: pa.Table, metadata: Mapping[str, str], **options: Any) -> bytes:
+    """A table as the bytes of a Parquet file; options as for `pyarrow.parquet.write_table`."""
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd", **options)
     return sink.getvalue().to_pybytes()
 
 
-def prepare(folder: str, settings: Mapping[str, Any]) -> str:
+def prepare(folder: str, settings: Mapping[str, Any], kind: str = "search") -> str:
     """Open a folder for a search: a new one, or one that holds a part of the same search.
 
     Removes temporary files that killed runs left, so a folder belongs to one run at a time.
@@ -212,6 +223,7 @@ def prepare(folder: str, settings: Mapping[str, Any]) -> str:
     Args:
         settings: what decides the result, JSON values, nested as you like; `settings["about"]` is stored for readers,
             but does not decide anything and is not compared.
+        kind: "search", or "evaluation" for `patchrank.evaluate`, which keeps its folder in the same way.
 
     Returns:
         The fingerprint of the settings: 16 hexadecimal digits of their SHA-256.
@@ -222,17 +234,17 @@ def prepare(folder: str, settings: Mapping[str, Any]) -> str:
     digest = fingerprint(settings)
     advice = "give another --out, or delete the folder"
     try:
-        found = read_search(folder)
+        found = read_search(folder, kind)
         if found is not None:
             different = differences(found["settings"], settings)
             if different:
                 more = f", and {len(different) - 2} more" if len(different) > 2 else ""
-                raise UserError(f"{folder}: holds another search ({', '.join(different[:2])}{more}); {advice}")
+                raise UserError(f"{folder}: holds another {kind} ({', '.join(different[:2])}{more}); {advice}")
         elif parquet_files(folder):
-            raise UserError(f"{folder}: holds Parquet files, but no search.json that says of what search; {advice}")
+            raise UserError(f"{folder}: holds Parquet files, but no {kind}.json that says of what {kind}; {advice}")
         else:
             content = {"format": VERSION, "fingerprint": digest, "settings": settings}
-            storage.write_atomic(storage.join(folder, "search.json"), json.dumps(content, indent=2).encode() + b"\n")
+            storage.write_atomic(storage.join(folder, f"{kind}.json"), json.dumps(content, indent=2).encode() + b"\n")
         for place in (folder, storage.join(folder, "rejects"), storage.join(folder, "failed")):
             for info in storage.files(place):
                 if info.base_name.startswith(".") and info.base_name.endswith(".tmp"):
@@ -265,9 +277,9 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [f"{name}: {before} there, {after} now" for name, before, after in pairs if before != after]
 
 
-def holds(folder: str, fingerprint: str) -> bool:
+def holds(folder: str, fingerprint: str, kind: str = "search") -> bool:
     """Whether the folder is that of the search with this fingerprint, as seen from this machine."""
-    found = read_search(folder)
+    found = read_search(folder, kind)
     return found is not None and found["fingerprint"] == fingerprint
 
 

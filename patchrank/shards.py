@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import gzip
 import io
@@ -29,6 +30,7 @@ SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 LIST_SUFFIXES = (".txt", ".list")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # in the order in which they are preferred, see `read`
 LABEL_EXTENSIONS = ("cls", "json")  # likewise
+CAPTION_EXTENSION = "txt"
 
 # The last four: from tarfile, on headers that pass their checksum and hold nonsense.
 _READ_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, LookupError, OverflowError, MemoryError)
@@ -43,11 +45,12 @@ _QUERY = re.compile(r"\?\w+=.*")  # the options of a URI, as against `?` as a wi
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of a shard, still encoded. `label` is None where the sample has none."""
+    """One image of a shard, still encoded. `label` is None where the sample has none, `captions` are empty."""
 
     key: str
     image: bytes
     label: int | None
+    captions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,8 @@ def read(uri: str, limit: int | None = None) -> Iterator[Sample | Reject]:
     WebDataset conventions: the files of a sample are adjacent and share the name up to the first dot of the base name,
     which is the key. Extensions count in any case. The image is jpg, jpeg, png or webp; where a sample has several, the
     first in this order, so that a mask.png beside a photo.jpg is not taken for the image. The label is `cls` (decimal
-    text) or else the field `label` of `json`. Hidden files and other extensions are ignored.
+    text) or else the field `label` of `json`. Captions are the lines of `txt`, or else the field `caption` or
+    `captions` of `json`, a text or a list of texts. Hidden files and other extensions are ignored.
 
     A `Reject` is a sample without an image, with an unreadable label or with a file that is larger than any image
     within the limit on pixels (`images.max_bytes`), or one whose key was yielded before.
@@ -249,8 +253,10 @@ def _samples(stream: io.BufferedReader) -> Iterator[tuple[str, dict[str, bytes],
             yield key, files, problem
             files, problem = {}, None
         key, files[extension] = name, b""
-        if extension in IMAGE_EXTENSIONS + LABEL_EXTENSIONS:
+        if extension in (*IMAGE_EXTENSIONS, *LABEL_EXTENSIONS, CAPTION_EXTENSION):
             limit = max_bytes() if extension in IMAGE_EXTENSIONS else _MAX_TEXT
+            if member.size > limit and extension == CAPTION_EXTENSION:
+                continue  # not a caption, whatever it is; the image is still good
             if member.size > limit:
                 problem = f"its {extension} of {member.size} bytes exceeds the limit of {limit}"
             elif content := tar.extractfile(member):
@@ -271,7 +277,7 @@ def _sample(key: str, files: dict[str, bytes], seen: set[str]) -> Sample | Rejec
     if image is None:
         return Reject(key, f"no image ({', '.join(IMAGE_EXTENSIONS)}) in the sample, only {_excerpt(', '.join(files))}")
     try:
-        return Sample(key, image, _label(files))
+        return Sample(key, image, _label(files), _captions(files))
     except ValueError as error:
         return Reject(key, one_line(error))
 
@@ -294,6 +300,17 @@ def _label(files: dict[str, bytes]) -> int | None:
     if not _LABEL.fullmatch(text):
         raise ValueError(f"the label is not an integer of up to nine digits: {_excerpt(text)!r}")
     return int(text)
+
+
+def _captions(files: dict[str, bytes]) -> tuple[str, ...]:
+    """The captions of a sample; none where there are none that can be read."""
+    found: object = files.get(CAPTION_EXTENSION, b"").decode(errors="replace").splitlines()
+    if not found and "json" in files:
+        with contextlib.suppress(ValueError, RecursionError):
+            fields = json.loads(files["json"])
+            found = (fields.get("captions") or fields.get("caption")) if isinstance(fields, dict) else None
+    texts = [found] if isinstance(found, str) else found if isinstance(found, list) else []
+    return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
 
 
 def _excerpt(text: str) -> str:

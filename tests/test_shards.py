@@ -111,7 +111,7 @@ def test_image_extensions(read_tar, extension):
 
 def test_other_files_are_ignored(read_tar):
     content = tar(
-        ("a.txt", b"?"), ("a.png", b"1"), ("a.seg.png", b"?"), ("._a.png", b"?"), ("d/._a.png", b"?"), ("a.cls", b"1")
+        ("a.md", b"?"), ("a.png", b"1"), ("a.seg.png", b"?"), ("._a.png", b"?"), ("d/._a.png", b"?"), ("a.cls", b"1")
     )
     assert read_tar(content) == ([Sample("a", b"1", 1)], None)
 
@@ -152,7 +152,7 @@ LABELS = [
     ({"json": b'{"label": 3, "x": 1.5}'}, 3),
     ({"json": b'{"label": "04"}'}, 4),
     ({"json": b'{"label": null}'}, None),
-    ({"json": b'{"caption": "cat"}'}, None),
+    ({"json": b'{"width": 224}'}, None),
     ({"json": b"[1, 2]"}, None),
     ({"json": b'{"label": 3}', "cls": b"5"}, 5),
     ({"json": b"{broken", "cls": b"5"}, 5),
@@ -164,6 +164,24 @@ LABELS = [
 def test_labels(read_tar, files, label):
     content = tar(("a.jpg", b"i"), *((f"a.{extension}", text) for extension, text in files.items()))
     assert read_tar(content) == ([Sample("a", b"i", label)], None)
+
+
+CAPTIONS = [
+    ({"txt": b" a cat \n\nit sleeps\n"}, ("a cat", "it sleeps")),
+    ({"json": b'{"caption": "a cat"}'}, ("a cat",)),
+    ({"json": b'{"captions": ["a cat", 3, " "]}'}, ("a cat",)),
+    ({"json": b'{"captions": ["a cat"]}', "txt": b"a dog"}, ("a dog",)),
+    ({"json": b"{broken", "cls": b"5"}, ()),
+    ({"txt": b"\xff"}, ("\ufffd",)),
+    ({"txt": b"x" * (1 << 20) + b"x"}, ()),  # no caption, but no reason to lose the image
+]
+
+
+@pytest.mark.parametrize(("files", "captions"), CAPTIONS)
+def test_captions(read_tar, files, captions):
+    content = tar(("a.jpg", b"i"), *((f"a.{extension}", text) for extension, text in files.items()))
+    (sample,), error = read_tar(content)
+    assert error is None and (sample.image, sample.captions) == (b"i", captions)
 
 
 UNREADABLE = [

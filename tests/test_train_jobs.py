@@ -15,11 +15,17 @@ from PIL import Image
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import patchrank
 from cluster.rank import SearchJob, search
 from cluster.training_tasks import TokensTask, open_images
-from patchrank import predictor, prompts, rankings
+from patchrank import classes, evaluate, predictor, prompts, rankings, shards
+from patchrank.bundle import Bundle
+from patchrank.comparison import Comparison
 from patchrank.errors import UserError
+from patchrank.images import decode
 from patchrank.prompts import PromptedText, TokensConfig
+
+pytest_plugins = ["shared_ray"]
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ["dark", "bright"]
@@ -53,7 +59,7 @@ def save_model(folder, **vision):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(address, tmp_path_factory):
     """A model, two shards of 40 images whose brightness is their class, and the rankings of both."""
     folder = tmp_path_factory.mktemp("data")
     name = save_model(folder / "model")
@@ -73,6 +79,9 @@ def data(tmp_path_factory):
             dtype="float32",
             class_names=str(folder / "classes.json"),
             prototypes=[str(folder / "images-0.tar")],
+            address=address,
+            actors=1,
+            cpus_per_actor=1,
         )
     )
     assert done.total("images") == 80 and not done.failures
@@ -83,10 +92,11 @@ def flags(data, *more):
     return ["--rankings", str(data / "rankings"), "--held-out", "0.2", "--dtype", "float32", *more]
 
 
-def test_from_rankings_to_the_table(data, tmp_path, capsys):
+def test_from_rankings_to_the_table(data, address, tmp_path, capsys):
     """With more workers than shards, and tokens before the cut kept on disk."""
     cache, test = str(tmp_path / "cache"), str(data / "images-1.tar")
     shared = ["--shards", str(data / "images-0.tar"), "--test", test, "--cache-features", cache, "--batch", "8"]
+    shared += ["--address", address, "--cpus-per-worker", "1"]
     trained = ["--out", str(tmp_path / "predictor"), "--workers", "2", "--epochs", "20", "--learning-rate", "0.01"]
     assert job("train_predictor")(flags(data, *shared, *trained)) == 0
     printed = capsys.readouterr().out
@@ -102,7 +112,7 @@ def test_from_rankings_to_the_table(data, tmp_path, capsys):
     trained = ["--predictor", str(tmp_path / "predictor"), "--out", str(tmp_path / "tokens"), "--workers", "1"]
     more = ["--tokens", "4", "--keep", "0.5", "--epochs", "20"]
     assert job("train_tokens")(flags(data, *shared, *trained, *more)) == 0
-    assert "jobs/compare.py" in capsys.readouterr().out
+    assert "jobs/evaluate.py" in capsys.readouterr().out
     tokens, record = prompts.load(str(tmp_path / "tokens"))
     before, after = record["figures"]["before"], record["figures"]["after"]
     assert tokens.extra().shape == (4, 32)
@@ -112,20 +122,33 @@ def test_from_rankings_to_the_table(data, tmp_path, capsys):
     assert sum(losses[-4:]) < sum(losses[:4]) / 2  # the mean of an epoch
 
     learnt_from = ["--predictor", str(tmp_path / "predictor"), "--tokens", str(tmp_path / "tokens")]
-    compared = ["--rankings", str(data / "rankings"), "--shards", test, "--dtype", "float32", "--keep-rates", "0.5"]
-    assert job("compare")([*compared, *learnt_from]) == 0
+    evaluated = ["--rankings", str(data / "rankings"), "--shards", test, "--dtype", "float32", "--keep-rates", "0.5"]
+    out = ["--out", str(tmp_path / "evaluation"), "--save-bundle", str(tmp_path / "bundle"), "--timed-seconds", "0"]
+    assert job("evaluate")([*evaluated, *learnt_from, *out]) == 0
     printed = capsys.readouterr().out
     blocks = [block.splitlines() for block in printed.split("\n\n")]
     table = {
         block[0].split(",")[0].split()[0]: {line[:17].strip(): line[17:] for line in block[1:]} for block in blocks[:3]
     }
-    methods = ["unpruned", "golden", "class attention", "random", "predictor", "predictor, tokens"]
-    assert list(table["top-1"]) == methods
-    assert float(table["top-1"]["predictor, tokens"]) == pytest.approx(
-        100 * after["test/top-1 at keep 0.5 with tokens"], abs=0.1
-    )
+    assert list(table["top-1"]) == [
+        *("unpruned", "golden", "predictor", "predictor-tokens", "class-attention", "token-merging", "random")
+    ]
+    top1 = after["test/top-1 at keep 0.5 with tokens"]
+    assert float(table["top-1"]["predictor-tokens"]) == pytest.approx(100 * top1, abs=0.1)
     assert float(table["cosine"]["golden"]) > float(table["cosine"]["random"])
-    assert "40 images" in printed
+    assert "40 images of 1 shards" in printed and "PyTorch counts" not in printed
+
+    # What is shipped does what was trained.
+    model = open_clip.create_model(f"local-dir:{data / 'model'}").eval()
+    patchrank.prune(model, str(tmp_path / "bundle"), keep=0.5)
+    identity = rankings.open(str(data / "rankings")).settings["classes"]
+    embeddings = classes.load(str(data / "rankings" / "classes.safetensors"), identity, CLASSES).embeddings
+    _, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{data / 'model'}", return_transform=True)
+    samples = [sample for sample in shards.read(test)]
+    with torch.no_grad():
+        found = model.encode_image(torch.stack([preprocess(decode(sample.image)) for sample in samples]))
+    hits = (found @ embeddings.T).argmax(dim=1) == torch.tensor([sample.label for sample in samples])
+    assert hits.float().mean().item() == pytest.approx(top1, abs=0.03)
 
 
 @pytest.fixture(scope="module")
@@ -134,12 +157,13 @@ def untrained(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("untrained")
     weights = rankings.open(str(data / "rankings")).settings["model"]["weights"]
     learnt = predictor.Predictor(predictor.PredictorConfig((6, 6), 32))
-    predictor.save(str(folder / "same"), learnt, {"model": {"weights": weights, "cut": 1}})
-    predictor.save(str(folder / "cut"), learnt, {"model": {"weights": weights, "cut": 2}})
+    about = {"name": f"local-dir:{data / 'model'}", "pretrained": None, "weights": weights}
+    for name, cut in (("same", 1), ("cut", 2)):
+        predictor.save(str(folder / name), learnt, {"model": {**about, "cut": cut}, "keep": 0.5})
     return folder
 
 
-def test_text_tokens_bring_their_class_embeddings(data, untrained, tmp_path, capsys):
+def test_text_tokens_bring_their_class_embeddings(data, untrained, tmp_path):
     """The task of --text in this process, as the training loop calls it."""
     images, model = open_images(str(data / "rankings"), dtype="float32", held_out=0.2)
     learnt, _ = predictor.load(str(untrained / "same"), images.tower, model.weights)
@@ -162,13 +186,15 @@ def test_text_tokens_bring_their_class_embeddings(data, untrained, tmp_path, cap
     tokens, record = prompts.load(str(tmp_path), images.tower, model.weights)
     assert tokens.text is not None and tokens.text.shape == (4, 8)
     assert record["class_names"] == CLASSES and record["samples"]["joined"] == 80
-    compared = flags(data, "--predictor", str(untrained / "same"), "--tokens", str(tmp_path), "--keep-rates", "0.5")
-    assert job("compare")(compared) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("predictor, tokens"))
-    assert float(line.split()[-1]) == pytest.approx(100 * after["held-out/top-1 at keep 0.5 with tokens"], abs=0.1)
+    bundle = Bundle.from_training(model, str(untrained / "same"), str(tmp_path))
+    methods = evaluate.methods(["predictor-tokens"], images.tower, bundle)
+    comparison = Comparison(images.tower, methods, [0.5], images.classes)
+    for batch in images.pairs.held_out(64):
+        comparison.add(batch)
+    assert comparison.rows()[-1].top1 == after["held-out/top-1 at keep 0.5 with tokens"]
     (tmp_path / "classes.safetensors").unlink()
     with pytest.raises(UserError, match=r"classes\.safetensors is missing"):
-        job("compare")(compared)
+        Bundle.from_training(model, str(untrained / "same"), str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -223,15 +249,3 @@ def test_bad_input_of_the_tokens_is_one_line_and_writes_nothing(data, untrained,
         job("train_tokens")([*shared, *changes])
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
-
-
-def test_the_comparison_refuses_what_makes_no_sense(data, tmp_path):
-    for changes, words in (
-        (["--tokens", str(tmp_path)], "--tokens needs --predictor"),
-        (["--keep-rates", "0"], "--keep-rates 0"),
-        (["--limit", "0"], "--limit 0"),
-        (["--match", "37"], "--match 37: must be 1 to 36"),
-        (["--held-out", "0"], "none of its images is held out"),
-    ):
-        with pytest.raises(UserError, match=words):
-            job("compare")(flags(data, *changes))

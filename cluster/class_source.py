@@ -1,0 +1,91 @@
+"""Class embeddings for a job on Ray: known at once, or prototypes, which its actors have yet to make."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from cluster.pool import Failed, Pool
+from cluster.progress import Meter
+from patchrank import classes, storage
+from patchrank.classes import CLASSES_FILE, Classes
+from patchrank.errors import UserError
+from patchrank.models import Model
+
+
+class AsksForClasses(Protocol):
+    """What a job says of its classes; see the flags of jobs/search.py."""
+
+    @property
+    def templates(self) -> Sequence[str]: ...
+
+    @property
+    def class_embeddings(self) -> str | None: ...
+
+
+@contextlib.contextmanager
+def usable(folder: str) -> Iterator[None]:
+    """Errors of the disk or the bucket become one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder}: {storage.one_line(error)}; finished shards are kept") from None
+
+
+def class_source(
+    job: AsksForClasses, model: Model, folder: str, names: list[str] | None, prototypes: list[str]
+) -> tuple[str | None, Classes | None]:
+    """The identity of the class embeddings, and these unless they are prototypes, which actors have yet to make.
+
+    Those that an earlier run kept in the folder come first: rounding depends on the machine, so a search that goes on
+    elsewhere must not make its own.
+    """
+    if job.class_embeddings and prototypes:
+        raise UserError("--class-embeddings and --prototypes exclude each other: choose one")
+    if job.class_embeddings:
+        found = classes.from_file(job.class_embeddings, model.visual.output_dim, names)
+        return found.identity, found
+    kept = storage.join(folder, CLASSES_FILE)
+    if prototypes:
+        made_from = [model.weights, str(names and len(names)), *prototypes]
+        identity = f"prototypes {hashlib.sha256(chr(10).join(made_from).encode()).hexdigest()[:16]}"
+        return identity, classes.load(kept, identity, names)
+    if names:
+        prompts = classes.templates(job.templates)
+        identity = classes.text_identity(model, names, prompts)
+        return identity, classes.load(kept, identity, names) or classes.from_text(model, names, prompts)
+    return None, None
+
+
+def make_prototypes(
+    pool: Pool, uris: list[str], folder: str, identity: str, names: list[str] | None, images_per_batch: int
+) -> Classes:
+    """Have the prototypes made."""
+    by_shard = {}
+    with contextlib.closing(Meter("prototypes", len(uris), folder)) as meter:
+
+        def show() -> None:
+            meter.show(pool.running(), pool.actors_up)
+
+        for uri, result in pool.run("class_sums", uris, names and len(names), images_per_batch, tick=show):
+            if isinstance(result, Failed):
+                raise UserError(f"--prototypes {uri}: {result.reason}")
+            by_shard[uri] = result
+            meter.add(result[2])
+            show()
+    parts = [by_shard[uri] for uri in uris]  # in this order, not that of the actors: addition rounds
+    left_out = sum(progress.rejects for _, _, progress in parts)
+    if left_out:
+        print(
+            f"warning: {left_out} samples of --prototypes have no readable image and label of a class", file=sys.stderr
+        )
+    size = max(len(counts) for _, counts, _ in parts)
+    sums = torch.stack([F.pad(sums, (0, 0, 0, size - len(sums))) for sums, _, _ in parts]).sum(dim=0)  # (K, E)
+    counts = torch.stack([F.pad(counts, (0, size - len(counts))) for _, counts, _ in parts]).sum(dim=0)  # (K,)
+    return classes.from_sums(sums, counts, identity, names)

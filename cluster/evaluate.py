@@ -1,0 +1,306 @@
+"""Evaluation on Ray: what every way of pruning costs and saves, on the actors of the search."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cluster.actor import OutputError, Shared
+from cluster.class_source import class_source, make_prototypes, usable
+from cluster.evaluation_actor import EvaluationActor, EvaluationPlan, LatencyPlan
+from cluster.places import connected
+from cluster.pool import Failed, Pool
+from cluster.rank import Summary, work_through
+from patchrank import __version__, classes, evaluate, figures, models, pairs, rankings, shards, status, storage
+from patchrank.bundle import Bundle
+from patchrank.classes import CLASSES_FILE, Classes
+from patchrank.comparison import UNPRUNED
+from patchrank.corpus import Rankings
+from patchrank.errors import UserError
+from patchrank.images import MAX_PIXELS
+from patchrank.models import Model
+from patchrank.predictor import count_kept
+from patchrank.pruned import count_multiply_adds, full_multiply_adds
+from patchrank.vit import Tower
+
+KIND = "evaluation"
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """Everything that `run` is told; the flags of jobs/evaluate.py."""
+
+    shards: Sequence[str]
+    out: str
+    model: str
+    pretrained: str | None = None
+    cut: int | None = None
+    dtype: str = "auto"
+    rankings: str | None = None
+    predictor: str | None = None
+    tokens: str | None = None
+    bundle: str | None = None
+    methods: Sequence[str] | None = None
+    keep_rates: Sequence[float] = (0.8, 0.7, 0.6, 0.5, 0.4)
+    match: int | None = None
+    held_out: float = 1.0
+    class_names: str | None = None
+    templates: Sequence[str] = ("photo",)
+    class_embeddings: str | None = None
+    prototypes: Sequence[str] = ()
+    limit: int | None = None
+    max_pixels: int = MAX_PIXELS
+    batch_sizes: Sequence[int] = (1, 8, 64)  # at which latency is measured; none skips it
+    timed_keep_rates: Sequence[float] = (0.6, 0.5)
+    timed_seconds: float = 5.0  # a batch size
+    save_bundle: str | None = None
+    address: str | None = None
+    actors: int | None = None
+    cpus_per_actor: int | None = None
+    gpus_per_actor: float | None = None
+    images_per_batch: int | None = None
+
+
+@dataclass
+class EvaluationSummary(Summary):
+    """The outcome of `run`; `content` is that of figures.json, empty where no image was evaluated."""
+
+    content: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What the job's flags come to."""
+
+    tower: Tower
+    model: Model
+    corpus: Rankings | None
+    bundle: Bundle | None
+    methods: list[str]
+
+
+def run(job: EvaluationJob) -> EvaluationSummary:
+    """Evaluate every image of the shards that have no table yet, then time the towers and sum up.
+
+    Finished shards stay finished: stopped in whatever way, the same call goes on from there.
+
+    Raises:
+        UserError: bad input; a folder of another evaluation; a disk that is full.
+        KeyboardInterrupt: Ctrl-C; every file in the folder is whole.
+    """
+    uris = shards.expand(job.shards)
+    prototypes = shards.expand(job.prototypes) if job.prototypes else []
+    names = classes.read_names(job.class_names) if job.class_names else None
+    model = models.load(job.model, job.pretrained)
+    folder = storage.absolute(job.out)
+    corpus = rankings.open(job.rankings) if job.rankings else None
+    asks = bool(names or prototypes or job.class_embeddings)
+    if corpus is not None and not asks:
+        identity, known = _of_search(corpus)
+        names = corpus.class_names
+    else:
+        identity, known = class_source(job, model, folder, names, prototypes)
+        names = known.names if known else names if identity else None
+    flags = (job.address, job.actors, job.cpus_per_actor, job.gpus_per_actor)
+    with connected(*flags, shards=len(uris)) as places, usable(folder):
+        found = _setting(job, model, corpus, models.resolve_dtype(job.dtype, places.gpu))
+        fingerprint = rankings.prepare(folder, _settings(job, found, identity, names), KIND)
+        done = rankings.finished(folder, uris)
+        status.write_shards(folder, uris)
+        todo = [uri for uri in uris if uri not in done]
+        summary = EvaluationSummary(folder, len(uris), len(done))
+        start = time.monotonic()
+        shared = Shared(ray.put(found.tower), ray.put(model.preprocess()), places, job.max_pixels)
+        size = min(places.actors, max(1, len(todo), len(prototypes)))
+        pool = Pool(EvaluationActor, shared, size, places.cpus, places.gpus, (OutputError,), places.room)
+        batch = job.images_per_batch or (64 if places.gpu else 8)
+        if identity and known is None:
+            known = make_prototypes(pool, prototypes, folder, identity, names, batch)
+        if known:
+            classes.save(storage.join(folder, CLASSES_FILE), known)
+        plan = EvaluationPlan(
+            folder=folder,
+            fingerprint=fingerprint,
+            methods=tuple(found.methods),
+            bundle=found.bundle,
+            keep_rates=tuple(job.keep_rates),
+            rankings=None if corpus is None else corpus.folder,
+            classes=known.embeddings if known else None,
+            logit_scale=model.logit_scale,
+            images_per_batch=batch,
+            limit=job.limit,
+            held_out=job.held_out,
+            match=job.match,
+        )
+        work_through(pool, "evaluate", KIND, ray.put(plan), todo, summary)
+        summary.seconds = time.monotonic() - start
+        summary.content = _sum_up(job, found, names, uris, folder, pool)
+        figures.write(folder, summary.content)
+    if job.save_bundle and found.bundle is not None:
+        own = (UNPRUNED, evaluate.PREDICTOR, evaluate.TOKENS)
+        rows = [row for row in summary.content["figures"] if row["method"] in own]
+        try:
+            found.bundle.with_figures(rows).save_pretrained(job.save_bundle)
+        except OSError as error:
+            raise UserError(f"--save-bundle {job.save_bundle}: {storage.one_line(error)}") from None
+    return summary
+
+
+def _of_search(corpus: Rankings) -> tuple[str | None, Classes | None]:
+    """The class embeddings of a search, and their identity."""
+    identity = corpus.settings.get("classes")
+    if identity is None:
+        return None, None
+    known = classes.load(storage.join(corpus.folder, CLASSES_FILE), identity, corpus.class_names)
+    if known is None:
+        raise UserError(f"{corpus.folder}: its {CLASSES_FILE} is missing or of other classes; run the search again")
+    return identity, known
+
+
+def _setting(job: EvaluationJob, model: Model, corpus: Rankings | None, dtype: torch.dtype) -> _Setting:
+    """Open what the job names. Raises UserError for what does not fit together, before anything is written."""
+    bundle = None
+    if job.bundle is not None:
+        bundle = Bundle.open(job.bundle)
+        bundle.check(model.visual)
+    elif job.predictor is not None:
+        bundle = Bundle.from_training(model, job.predictor, job.tokens)
+    cut = job.cut
+    if cut is None and bundle is not None:
+        cut = bundle.cut
+    elif cut is None and corpus is not None:
+        cut = corpus.settings["model"]["cut"]
+    tower = Tower(model.visual, cut, dtype, name=model.name)
+    if bundle is not None and bundle.cut != tower.cut:
+        raise UserError(f"--cut {tower.cut}: the predictor was trained for --cut {bundle.cut}")
+    if corpus is not None:
+        pairs.check(corpus, tower, model.weights)
+    if job.match is not None and not 0 < job.match <= tower.num_tokens:
+        raise UserError(f"--match {job.match}: must be 1 to {tower.num_tokens}")
+    for flag, rates in (("--keep-rates", job.keep_rates), ("--timed-keep-rates", job.timed_keep_rates)):
+        for keep in rates:
+            count_kept(tower.num_tokens, keep, flag)
+    methods = evaluate.possible_methods(tower, bundle, corpus is not None)
+    if job.methods is not None:
+        methods = [name for name in evaluate.METHODS if name in job.methods]
+        if evaluate.GOLDEN in methods and corpus is None:
+            raise UserError(f"--methods {evaluate.GOLDEN}: needs --rankings")
+        evaluate.methods(job.methods, tower, bundle)
+    return _Setting(tower, model, corpus, bundle, methods)
+
+
+def _settings(job: EvaluationJob, found: _Setting, identity: str | None, names: list[str] | None) -> dict[str, Any]:
+    """What decides the tables, and under "about" what does not."""
+    model, tower, corpus = found.model, found.tower, found.corpus
+    return {
+        "model": {
+            "weights": model.weights,
+            "cut": tower.cut,
+            "dtype": str(tower.dtype).removeprefix("torch."),
+            "preprocess": dict(model.visual.preprocess_cfg),
+            "logit_scale": round(model.logit_scale, 4),
+        },
+        "grid": list(tower.grid),
+        "methods": found.methods,
+        "keep_rates": list(job.keep_rates),
+        "classes": identity,
+        "rankings": None if corpus is None else rankings.fingerprint(corpus.settings),
+        "bundle": None if found.bundle is None else _digest(found.bundle),
+        "limit": job.limit,
+        "held_out": job.held_out,
+        "match": job.match,
+        "max_pixels": job.max_pixels,
+        "about": {"model": job.model, "pretrained": job.pretrained, "class_names": names, "patchrank": __version__},
+    }
+
+
+def _sum_up(
+    job: EvaluationJob, found: _Setting, names: list[str] | None, uris: list[str], folder: str, pool: Pool
+) -> dict[str, Any]:
+    """The content of figures.json."""
+    tower, model = found.tower, found.model
+    rows = figures.figures(folder, found.methods)
+    for row in rows:
+        row["multiply_adds"], row["counted"] = _cost(found, row["method"], row["keep"])
+    latency, device = _latency(job, found, pool)
+
+    def encode(captions: list[str]) -> np.ndarray:
+        parts, tokenize = [], model.tokenizer()
+        with torch.inference_mode():
+            for start in range(0, len(captions), 256):
+                texts = tokenize(captions[start : start + 256])
+                parts.append(F.normalize(model.clip.encode_text(texts).float(), dim=-1))
+        return torch.cat(parts).numpy()
+
+    return {
+        "model": {
+            "name": job.model,
+            "pretrained": job.pretrained,
+            "weights": model.weights,
+            "cut": tower.cut,
+            "grid": list(tower.grid),
+            "dtype": str(tower.dtype).removeprefix("torch."),
+            "preprocess": dict(model.visual.preprocess_cfg),
+        },
+        "class_names": names,
+        "shards": uris,
+        "rankings": None if found.corpus is None else found.corpus.folder,
+        "device": device,
+        "images": rows[0]["images"],
+        "figures": rows,
+        "classes": figures.by_class(folder, names),
+        "latency": latency,
+        "retrieval": figures.retrieval(folder, encode) if model.has_text else [],
+    }
+
+
+def _cost(found: _Setting, method: str, keep: float) -> tuple[int, int]:
+    """Multiply-adds of an image by the formula, and as PyTorch counts them."""
+    visual = copy.deepcopy(found.model.visual).to("meta")  # where counting takes no time
+    if method == UNPRUNED:
+        return full_multiply_adds(visual), count_multiply_adds(visual)
+    bundle = None if found.bundle is None else copy.deepcopy(found.bundle).to("meta")
+    tower = evaluate.pruned_tower(method, visual, found.tower.cut, keep, bundle)
+    return tower.multiply_adds(), count_multiply_adds(tower)
+
+
+def _latency(job: EvaluationJob, found: _Setting, pool: Pool) -> tuple[list[dict[str, Any]], str]:
+    """What one actor measures, once the others have nothing to do, and what it is."""
+    timed = [name for name in found.methods if name not in (evaluate.GOLDEN, evaluate.RANDOM)]
+    plan = LatencyPlan(
+        methods=tuple(timed),
+        bundle=found.bundle,
+        keep_rates=tuple(job.timed_keep_rates),
+        batch_sizes=tuple(job.batch_sizes),
+        seconds=job.timed_seconds,
+    )
+    for _, result in pool.run("latency", ["latency"], plan):
+        if isinstance(result, Failed):
+            raise UserError(
+                f"the towers could not be timed ({result.reason}); --batch-sizes tells which batches to time"
+            )
+        measured, device = result
+        full = full_multiply_adds(found.tower.visual)
+        return [row | {"predicted": full / _cost(found, row["method"], row["keep"])[0]} for row in measured], device
+    raise AssertionError("the pool answers for every item")
+
+
+def _digest(bundle: Bundle) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(bundle.state_dict().items()):
+        digest.update(name.encode() + _bytes(value))
+    return digest.hexdigest()[:16]
+
+
+def _bytes(value: Tensor) -> bytes:
+    return value.contiguous().numpy().tobytes()

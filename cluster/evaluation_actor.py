@@ -1,0 +1,111 @@
+"""The Ray actor that evaluates shards on one device, and times image towers there."""
+
+from __future__ import annotations
+
+import copy
+import os
+import resource
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cluster.actor import RankingActor, Shared, check_folder, write
+from cluster.progress import ShardReport
+from patchrank import evaluate, latency, rankings
+from patchrank.bundle import Bundle
+from patchrank.comparison import UNPRUNED
+from patchrank.evaluate import ShardEvaluator
+from patchrank.progress import Progress
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What an actor must know to evaluate a shard; `classes` is (K, E) or None, `rankings` a folder or None."""
+
+    folder: str
+    fingerprint: str
+    methods: tuple[str, ...]
+    bundle: Bundle | None
+    keep_rates: tuple[float, ...]
+    rankings: str | None
+    classes: Tensor | None
+    logit_scale: float
+    images_per_batch: int
+    limit: int | None
+    held_out: float
+    match: int | None
+
+
+@dataclass(frozen=True)
+class LatencyPlan:
+    """What an actor must know to time towers."""
+
+    methods: tuple[str, ...]
+    bundle: Bundle | None
+    keep_rates: tuple[float, ...]
+    batch_sizes: tuple[int, ...]
+    seconds: float
+
+
+class EvaluationActor(RankingActor):
+    """Holds the tower on one device and evaluates the shards it is given."""
+
+    def evaluate(self, shared: Shared, shard: str, plan: EvaluationPlan) -> ShardReport:
+        """Evaluate a shard and write its table and its rejects. Raises OutputError where they cannot be written."""
+        start, self._progress = time.monotonic(), Progress()
+        check_folder(plan.folder, plan.fingerprint, "evaluation")
+        tower, preprocess = self._load(shared)
+        evaluator = ShardEvaluator(
+            tower,
+            evaluate.methods(plan.methods, tower, plan.bundle),
+            plan.keep_rates,
+            preprocess,
+            plan.classes,
+            plan.logit_scale,
+            None if plan.rankings is None else rankings.open(plan.rankings),
+            plan.images_per_batch,
+            plan.limit,
+            plan.held_out,
+            plan.match,
+        )
+        found = evaluator.evaluate(shard, self._progress)
+        with self._progress.timed("write"):
+            size = write(plan.folder, plan.fingerprint, shard, found, "evaluation", rankings.serialise)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        process = f"{socket.gethostname()} {os.getpid()}"
+        return ShardReport(self._progress, found.error, time.monotonic() - start, size, memory, process)
+
+    def latency(self, shared: Shared, item: str, plan: LatencyPlan) -> tuple[list[dict[str, Any]], str]:
+        """Seconds a batch and speed-up of every method at every keep rate and batch size, and the device's name."""
+        tower, _ = self._load(shared)
+        visual = copy.deepcopy(tower.visual)
+        visual.ln_post.to(tower.dtype)  # open_clip's own forward pass runs in one dtype
+        visual.proj.data = visual.proj.data.to(tower.dtype)
+        towers: dict[tuple[str, float], nn.Module] = {(UNPRUNED, 1.0): visual}
+        for name in plan.methods:
+            for keep in plan.keep_rates:
+                made = evaluate.pruned_tower(name, visual, tower.cut, keep, copy.deepcopy(plan.bundle))
+                towers[name, keep] = made.to(tower.device).eval()
+        names = {f"{name} {keep}": (name, keep) for name, keep in towers}
+        rows: list[dict[str, Any]] = []
+        for batch in plan.batch_sizes:
+            images = torch.randn(batch, 3, *visual.image_size, device=tower.device, dtype=tower.dtype)
+            timed = latency.measure({name: towers[names[name]] for name in names}, images, plan.seconds)
+            for one in timed[1:]:
+                method, keep = names[one.name]
+                rows.append(
+                    {
+                        "method": method,
+                        "keep": keep,
+                        "batch": batch,
+                        "seconds": one.seconds,
+                        "unpruned_seconds": timed[0].seconds,
+                        "speedup": one.speedup,
+                        "rounds": one.rounds,
+                    }
+                )
+        return rows, latency.device_name(tower.device, torch.get_num_threads())

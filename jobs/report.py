@@ -1,0 +1,42 @@
+"""The report of an evaluation: one HTML page of charts, tables and images, and the charts as PNG files.
+
+    python jobs/report.py evaluation --out report
+    python jobs/report.py s3://bucket/evaluation --out report --keep 0.5 --images 24
+
+report/index.html needs nothing beside it: open it, mail it, or put it on a web server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+
+from patchrank import report, storage
+from patchrank.errors import run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, write, print."""
+    parser = argparse.ArgumentParser(
+        prog="jobs/report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("evaluation", help="folder that jobs/evaluate.py wrote: a path, s3://... or gs://...")
+    add("--out", default="report", metavar="FOLDER", help="folder of the report (%(default)s)")
+    add("--keep", type=float, metavar="RATE", help="keep rate of the class table and images (0.6 or the nearest)")
+    add("--images", type=int, default=12, metavar="N", help="at most so many in each gallery (%(default)s)")
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    notes = report.write(
+        args.evaluation, args.out, shlex.join(["python", "jobs/report.py", *argv]), args.keep, args.images
+    )
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(storage.join(args.out, report.PAGE))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,90 @@
+"""How long image towers take, pruned and not, side by side."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Latency:
+    """How long one tower takes for one batch size.
+
+    Attributes:
+        name: of the tower.
+        batch: images.
+        seconds: a batch, the median of the rounds.
+        speedup: unpruned seconds / its own, the median of the ratios of the rounds.
+        rounds: how many.
+    """
+
+    name: str
+    batch: int
+    seconds: float
+    speedup: float
+    rounds: int
+
+
+@torch.no_grad()
+def measure(
+    towers: Mapping[str, nn.Module], images: Tensor, seconds: float = 5.0, least: int = 3, most: int = 50
+) -> list[Latency]:
+    """Time towers in turn, again and again, so that what else the machine does meets all of them alike.
+
+    Args:
+        towers: by name; the first is what the others are compared with. All on the device of the images.
+        images: (B, 3, H, W), in the towers' dtype.
+        seconds: about how long to go on for.
+        least, most: rounds.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in towers}
+    for tower in towers.values():
+        tower(images)  # to warm up
+    start = time.perf_counter()
+    rounds = 0
+    while rounds < least or (rounds < most and time.perf_counter() - start < seconds):
+        for name, tower in towers.items():
+            taken[name].append(_once(tower, images))
+        rounds += 1
+    whole = next(iter(taken.values()))
+    return [
+        Latency(
+            name,
+            len(images),
+            statistics.median(times),
+            statistics.median(full / own for full, own in zip(whole, times, strict=True)),
+            rounds,
+        )
+        for name, times in taken.items()
+    ]
+
+
+def _once(tower: nn.Module, images: Tensor) -> float:
+    if images.is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    tower(images)
+    if images.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def device_name(device: torch.device, threads: int) -> str:
+    """What a latency was measured on, for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {threads} threads"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else "CPU"
