@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' models are tiny: threads only cost
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 lets everything else on a busy machine go first
@@ -11,6 +12,11 @@ import open_clip
 import pytest
 import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+
+def pytest_configure():
+    """Scripts start what they put into the background with Ctrl-C ignored; what tests start must not inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

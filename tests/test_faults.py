@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 from ray.cluster_utils import Cluster
-from tiny_search import command, once_waiting, search, search_here, tables, wait_for
+from tiny_search import command, once_waiting, search_here, tables, wait_for
 
 pytest_plugins = ["tiny_results"]
 
@@ -134,7 +134,7 @@ def test_a_killed_driver_frees_the_cluster_and_the_next_goes_on(cluster, data, u
         kept = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
         assert len(kept) == 1
         hold.release()
-        done = search(data, out, "--address", cluster.address)
+        done = search_here(data, out, address=cluster.address)
     assert done.returncode == 0, done.stderr
     assert "1 of 6 were finished before" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in kept} == kept

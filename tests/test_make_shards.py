@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shlex
 import signal
@@ -249,9 +250,9 @@ def test_ctrl_c(tmp_path):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
-    assert err == ""
+    assert re.fullmatch(r"(\d+ of 20000 images\n)*", err)  # what it says every half minute
     assert all(name.endswith(".tar") for name in os.listdir(tmp_path / "out"))
     for uri in shards.expand([f"{tmp_path}/out"]):
         assert len(list(shards.read(uri))) == 5
@@ -268,7 +269,7 @@ def test_a_full_disk(tmp_path):
 
     options = ["--samples-per-shard", "10", "--no-shuffle"]
     process = start("--csv", f"{tmp_path}/list.csv", "--out", f"{tmp_path}/out", *options, preexec_fn=full)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (2, f"error: {tmp_path}/out: cannot be written (File too large)\n")
     assert os.listdir(tmp_path / "out") == ["shard-000000.tar"]
     assert len(read(tmp_path / "out")) == 10

@@ -47,7 +47,7 @@ def test_a_killed_actor_costs_no_row(data, undisturbed, address, hold, tmp_path)
 
 
 @pytest.mark.parametrize("how, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
-def test_a_stopped_driver_goes_on_where_it_was(data, undisturbed, hold, tmp_path, how, status):
+def test_a_stopped_driver_goes_on_where_it_was(data, undisturbed, address, hold, tmp_path, how, status):
     out, pipe = tmp_path / "out", subprocess.PIPE
     flags = command(data, out, "--actors", "1")
     hold.at("1-5")
@@ -64,7 +64,7 @@ def test_a_stopped_driver_goes_on_where_it_was(data, undisturbed, hold, tmp_path
     finished = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
     assert len(finished) == 1
     hold.release()
-    done = search(data, out, "--actors", "1")
+    done = search_here(data, out, "--actors", "1", address=address)
     assert done.returncode == 0, done.stderr
     resumed = int(re.search(r"(\d) of 6 were finished before", done.stdout)[1])
     assert resumed in (1, 2)  # a killed driver's actor may finish the shard it is at
@@ -83,7 +83,7 @@ def test_a_finished_search_has_nothing_to_do(data, undisturbed, address):
 
 def test_prototypes_are_kept_for_the_run_that_goes_on(data, address, tmp_path):
     out = tmp_path / "out"
-    flags = ("--prototypes", str(data / "images-{4,5}.tar"), "--actors", "2")
+    flags = ("--prototypes", str(data / "images-{4,5}.tar"), "--actors", "1")
     first = search_here(data, out, *flags, shards="images-0.tar", address=address)
     assert first.returncode == 0, first.stderr
     kept = (out / "classes.safetensors").read_bytes()

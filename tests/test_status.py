@@ -200,7 +200,7 @@ def test_a_real_search_is_seen_while_it_runs_and_after_it_was_killed(data, hold,
         wait_for(lambda: {"images_total", "candidates_total", "seconds_total search"} <= metrics().keys(), process)
         told = metrics()
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
     found = status.read(str(out), now=time.time() + SILENT_SECONDS)
     assert (found.state, found.shards) == ("died", 6)
     assert (found.done, len(found.running), found.waiting) == (1, 1, 4)
