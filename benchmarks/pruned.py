@@ -1,0 +1,106 @@
+"""Is a pruned model as much faster as its multiply-adds promise? Every tower against the unpruned one, side by side.
+
+    python benchmarks/pruned.py                                                  # ViT-B/16 at batch 1 and 64
+    python benchmarks/pruned.py --models ViT-B-16 ViT-L-14 --batch-sizes 1 64 --compile       # for a GPU
+
+A line a way of pruning, keep rate and batch size: the median of the ratios of rounds in which all towers take turns,
+what the multiply-adds predict, and the share of that which was measured. "predictor" is the whole of what
+`patchrank.prune` does; token merging (ToMe) is run at as many multiply-adds. Then the share of the pruned model's time
+that the predictor alone takes. Time does not depend on what weights hold, so these are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+from dataclasses import asdict
+from typing import Any
+
+import open_clip
+import torch
+from torch import nn
+
+from patchrank import evaluate, latency, models
+from patchrank.bundle import Bundle
+from patchrank.comparison import UNPRUNED
+from patchrank.errors import UserError, run
+from patchrank.predictor import PredictorConfig
+from patchrank.pruned import full_multiply_adds
+from patchrank.vit import default_cut
+
+METHODS = (evaluate.PREDICTOR, evaluate.ATTENTION, evaluate.MERGING)
+
+
+def untrained(visual: open_clip.transformer.VisionTransformer, cut: int) -> Bundle:
+    """A bundle of the default shape, never trained."""
+    grid = (visual.grid_size[0], visual.grid_size[1])
+    about: dict[str, Any] = {"name": "random weights", "pretrained": None, "weights": {}, "cut": cut, "grid": grid}
+    return Bundle(about, asdict(PredictorConfig(grid, visual.transformer.width)))
+
+
+def predictor_share(bundle: Bundle, tower: nn.Module, images: torch.Tensor, rounds: int) -> float:
+    """The predictor's time as a share of the pruned tower's, both timed in turn; the median over rounds."""
+    grid = bundle.predictor.config.num_tokens
+    tokens = torch.randn(len(images), 1 + grid, bundle.predictor.config.input_width).to(images)
+    parts: dict[str, nn.Module] = {"predictor": bundle.predictor, "tower": tower}
+    shares = []
+    for _ in range(rounds):
+        alone = latency.measure({"predictor": parts["predictor"]}, tokens, 0, least=1)[0].seconds
+        whole = latency.measure({"tower": parts["tower"]}, images, 0, least=1)[0].seconds
+        shares.append(alone / whole)
+    return statistics.median(shares)
+
+
+def main() -> int:
+    """Parse, time, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["ViT-B-16"], help="open_clip names (%(default)s)")
+    parser.add_argument("--keep-rates", type=float, nargs="+", default=[0.6, 0.5], help="(%(default)s)")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64], help="(%(default)s)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="a batch size, at least (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="at least (%(default)s)")
+    parser.add_argument("--compile", action="store_true", help="all towers through torch.compile, the unpruned too")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = models.resolve_dtype(args.dtype, device.type == "cuda")
+    print(f"{latency.device_name(device, torch.get_num_threads())}, {str(dtype).removeprefix('torch.')}")
+    print("model     batch  keep  method            ms/batch  speed-up  predicted  share")
+    logging.disable(logging.WARNING)  # open_clip warns of random weights
+    for name in args.models:
+        if name not in open_clip.list_models():
+            raise UserError(f"--models {name}: open_clip does not know it")
+        visual = open_clip.create_model(name).visual.eval().requires_grad_(False).to(device, dtype)
+        cut = default_cut(len(visual.transformer.resblocks))
+        bundle = untrained(visual, cut).to(device, dtype)
+        towers: dict[str, nn.Module] = {UNPRUNED: visual}
+        cells = {}
+        for keep in args.keep_rates:
+            for method in METHODS:
+                tower = evaluate.pruned_tower(method, visual, cut, keep, bundle)
+                towers[f"{method} {keep}"] = tower
+                cells[f"{method} {keep}"] = (method, keep, full_multiply_adds(visual) / tower.multiply_adds())
+        if args.compile:
+            for each in towers.values():
+                each.compile(fullgraph=True)
+        for batch in args.batch_sizes:
+            images = torch.randn(batch, 3, *visual.image_size).to(device, dtype)
+            timed = latency.measure(towers, images, args.seconds, args.rounds)
+            print(f"{name:<10}{batch:>5}  {'1':>4}  {UNPRUNED:<16}{1000 * timed[0].seconds:>10.1f}", flush=True)
+            for one in timed[1:]:
+                method, keep, predicted = cells[one.name]
+                print(
+                    f"{name:<10}{batch:>5}  {keep:>4g}  {method:<16}{1000 * one.seconds:>10.1f}{one.speedup:>10.2f}"
+                    f"{predicted:>11.2f}{one.speedup / predicted:>7.2f}",
+                    flush=True,
+                )
+            key = f"{evaluate.PREDICTOR} {args.keep_rates[0]}"
+            with torch.no_grad():
+                share = predictor_share(bundle, towers[key], images, max(args.rounds, 5))
+            print(f"{name:<10}{batch:>5}  {args.keep_rates[0]:>4g}  the predictor alone: {share:.2%} of the time")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
