@@ -10,6 +10,7 @@ shorter sequences.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -105,8 +106,6 @@ class PrunedTower(nn.Module):
             return x[:, : first + kept]  # they are in order already
         patches = torch.cat([x[:, :1], x[:, first:]], dim=1) if first > 1 else x  # (B, 1 + n, D)
         block = self.original.transformer.resblocks[number - 1] if number else None
-        if before is not None and first > 1:
-            before = torch.cat([before[:, :1], before[:, -(patches.shape[1] - 1) :]], dim=1)
         usefulness = selector(patches.detach(), None if before is None else before.detach(), block)  # (B, n)
         places = first + usefulness.topk(kept, dim=1).indices  # (B, kept), best first; ONNX has no stable sort
         chosen = x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))  # (B, kept, D)
@@ -203,7 +202,7 @@ def prune(
     if isinstance(keep, Mapping) and blocks is not None:
         raise UserError("keep tells the blocks already; leave out blocks")
     places = [cut] if blocks is None else sorted(blocks)
-    tokens = None if bundle is None else bundle.tokens
+    tokens = None if bundle is None else copy.deepcopy(bundle.tokens)
     if multiply_adds is not None:
         schedule = _schedule_for(visual, places, multiply_adds, selector, tokens, cut)
     elif isinstance(keep, Mapping):
@@ -286,7 +285,7 @@ def _resolve(how: Any, visual: Any) -> tuple[Bundle | None, Selector | None]:
         how = Bundle.open(os.fspath(how))
     if not isinstance(how, Bundle):
         raise UserError(f"a {type(how).__name__} does not tell how to prune: give a bundle or one of {_names()}")
-    return how, PredictorSelector(how.predictor)
+    return how, PredictorSelector(copy.deepcopy(how.predictor))  # a bundle may serve several models
 
 
 def _names() -> str:
