@@ -147,13 +147,19 @@ def test_weights_that_are_a_program_are_not_run(tmp_path, how, name):
 
 
 def test_a_local_search_listens_on_the_loopback_interface_alone():
+    here = psutil.Process()
+    before = here.children()  # the Ray of other tests
     with connected("local", actors=1, cpus=1, gpus=0, shards=1):
         worker = ray.remote(num_cpus=1)(lambda: None)
         ray.get(worker.remote())
-        here = psutil.Process()
+        started = [process for process in here.children() if process not in before]
         listening = [
             connection.laddr.ip
-            for process in [here, *here.children(recursive=True)]
+            for process in [
+                here,
+                *started,
+                *(child for process in started for child in process.children(recursive=True)),
+            ]
             for connection in process.net_connections("inet")
             if connection.status == psutil.CONN_LISTEN
         ]
