@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from ray.cluster_utils import Cluster
 
 HERE = Path(__file__).parent
 
@@ -54,9 +55,21 @@ def hold(environment):
     held.release()
 
 
+# In a process of its own: two heads of one process share their sockets, and tests of lost nodes start another.
+HEAD = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3})
+print("address", cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
 @pytest.fixture(scope="session")
 def address(environment):
     """Of a Ray with room for three actors of a core."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3})
-    yield cluster.address
-    cluster.shutdown()
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", HEAD], stdin=pipe, stdout=pipe, text=True) as head:
+        yield next(line.split()[1] for line in head.stdout if line.startswith("address "))
+        head.stdin.close()
