@@ -33,12 +33,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks is no installed package
 from benchmarks.corpus import GRID, KEEP_RATES, drawn, uri
-from cluster import rank as ranking_job
 from cluster.actor import Plan, RankingActor, Shared
 from cluster.places import connected
 from cluster.pool import Pool
 from cluster.progress import ShardReport
-from cluster.rank import SearchSummary
+from cluster.rank import SearchSummary, work_through
 from patchrank import assets, models, rankings
 from patchrank.errors import run
 from patchrank.images import MAX_PIXELS
@@ -158,7 +157,7 @@ def simulate(actors: int, seconds: float, processes: int) -> bool:
             summary = SearchSummary(folder, len(uris), 0)
             pool = Simulation(actors, processes)
             plan: Any = Sleep(folder, fingerprint, seconds, drawn(0, IMAGES))
-            ranking_job._rank(pool, plan, uris, summary)
+            work_through(pool, "rank", "search", ray.put(plan), uris, summary)
             done.set()
             watcher.join()
         written = len(rankings.finished(folder, uris))
