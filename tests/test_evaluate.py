@@ -31,6 +31,8 @@ from patchrank.ranker import ShardRanker
 from patchrank.search import SearchConfig, Searcher
 from patchrank.vit import Tower
 
+pytest_plugins = ["shared_ray"]
+
 CLASSES = ["ant", "bee", "cat"]
 ROOT = Path(__file__).parent.parent
 KEEP_RATES = (0.75, 0.5)
@@ -109,15 +111,16 @@ def job(data, out, **changes):
         "timed_seconds": 0,
         "dtype": "float32",
         "images_per_batch": 4,
+        "cpus_per_actor": 1,
     }
     shards_ = [str(data / "images-{0,1}.tar")]
     return EvaluationJob(shards_, str(out), f"local-dir:{data / 'model'}", **(flags | changes))
 
 
 @pytest.fixture(scope="module")
-def done(data, tmp_path_factory):
+def done(data, address, tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluation") / "out"
-    return run(job(data, out, save_bundle=str(out.parent / "bundle")))
+    return run(job(data, out, address=address, save_bundle=str(out.parent / "bundle")))
 
 
 def rows_of(folder):
@@ -231,16 +234,16 @@ def test_times_and_the_bundle(data, done):
     assert {row["method"] for row in bundle.figures} == {"unpruned", "predictor", "predictor-tokens"}
 
 
-def test_an_evaluation_goes_on_where_it_was_and_another_is_kept_out(data, done):
+def test_an_evaluation_goes_on_where_it_was_and_another_is_kept_out(data, address, done):
     files = {path: path.stat().st_mtime_ns for path in Path(done.folder).glob("*.parquet")}
     (first, _), before = sorted(files), rows_of(done.folder)
     first.unlink()
-    again = run(job(data, done.folder, batch_sizes=[]))
+    again = run(job(data, done.folder, address=address, batch_sizes=[]))
     assert again.resumed == 1 and again.total("images") == 8 and again.content["latency"] == []
     assert rows_of(done.folder) == before
     assert again.content["figures"] == done.content["figures"]
     with pytest.raises(UserError, match=r"holds another evaluation \(keep_rates: \[0.75, 0.5\] there, \[0.5\] now"):
-        run(job(data, done.folder, keep_rates=[0.5]))
+        run(job(data, done.folder, address=address, keep_rates=[0.5]))
 
 
 def test_held_out_images_alone_and_images_without_a_ranking(data, tmp_path):
@@ -262,7 +265,7 @@ def test_held_out_images_alone_and_images_without_a_ranking(data, tmp_path):
     assert "truncated" in found.error and len(set(found.table["key"].to_pylist())) >= 5
 
 
-def test_bad_input_is_one_line_and_writes_nothing(data, tmp_path):
+def test_bad_input_is_one_line_and_writes_nothing(data, address, tmp_path):
     sys.path.insert(0, str(ROOT / "jobs"))
     try:
         main = __import__("evaluate").main
@@ -291,7 +294,7 @@ def test_bad_input_is_one_line_and_writes_nothing(data, tmp_path):
         ([*ranked, "--pretrained", "openai"], "--pretrained needs --model"),
     ):
         with pytest.raises(UserError, match=words) as error:
-            main([*flags, "--out", str(tmp_path / "out")])
+            main([*flags, "--address", address, "--out", str(tmp_path / "out")])
         assert "\n" not in str(error.value)
         assert not (tmp_path / "out").exists()
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 import gzip
 import io
 import pickle
+import subprocess
+import sys
 import tarfile
 import tracemalloc
 from ipaddress import ip_address
 from pathlib import Path
 
-import psutil
 import pytest
-import ray
 import torch
 from PIL import Image
 
-from cluster.places import connected
 from patchrank import images, models, shards
 from patchrank.errors import UserError
 from patchrank.shards import Reject, Sample, ShardError
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -146,23 +147,23 @@ def test_weights_that_are_a_program_are_not_run(tmp_path, how, name):
         assert (tmp_path / "trace").exists()  # so it would have worked
 
 
-def test_a_local_search_listens_on_the_loopback_interface_alone():
+LISTENING = """
+import psutil, ray
+from cluster.places import connected
+with connected("local", actors=1, cpus=1, gpus=0, shards=1):
+    ray.get(ray.remote(num_cpus=1)(lambda: None).remote())
     here = psutil.Process()
-    before = here.children()  # the Ray of other tests
-    with connected("local", actors=1, cpus=1, gpus=0, shards=1):
-        worker = ray.remote(num_cpus=1)(lambda: None)
-        ray.get(worker.remote())
-        started = [process for process in here.children() if process not in before]
-        listening = [
-            connection.laddr.ip
-            for process in [
-                here,
-                *started,
-                *(child for process in started for child in process.children(recursive=True)),
-            ]
-            for connection in process.net_connections("inet")
-            if connection.status == psutil.CONN_LISTEN
-        ]
+    for process in [here, *here.children(recursive=True)]:
+        for connection in process.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                print("listens", connection.laddr.ip)
+"""
+
+
+def test_a_local_search_listens_on_the_loopback_interface_alone():
+    done = subprocess.run([sys.executable, "-c", LISTENING], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    listening = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("listens ")]
     assert len(listening) > 3
     for address in map(ip_address, listening):
         assert (getattr(address, "ipv4_mapped", None) or address).is_loopback

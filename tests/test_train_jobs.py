@@ -124,6 +124,7 @@ def test_from_rankings_to_the_table(data, address, tmp_path, capsys):
     learnt_from = ["--predictor", str(tmp_path / "predictor"), "--tokens", str(tmp_path / "tokens")]
     evaluated = ["--rankings", str(data / "rankings"), "--shards", test, "--dtype", "float32", "--keep-rates", "0.5"]
     out = ["--out", str(tmp_path / "evaluation"), "--save-bundle", str(tmp_path / "bundle"), "--timed-seconds", "0"]
+    out += ["--address", address, "--cpus-per-actor", "1"]
     assert job("evaluate")([*evaluated, *learnt_from, *out]) == 0
     printed = capsys.readouterr().out
     blocks = [block.splitlines() for block in printed.split("\n\n")]
