@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -55,21 +57,29 @@ def hold(environment):
     held.release()
 
 
-# In a process of its own: two heads of one process share their sockets, and tests of lost nodes start another.
+# In a process of its own, as a user's cluster is: a process that has joined one Ray, has started another itself and
+# comes back to the first can start no actor there any more.
 HEAD = """
-import sys
+import json, sys
 from ray.cluster_utils import Cluster
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3})
+cluster = Cluster(initialize_head=True, head_node_args=json.loads(sys.argv[1]))
 print("address", cluster.address, flush=True)
 sys.stdin.read()
 cluster.shutdown()
 """
 
 
+@contextlib.contextmanager
+def head(**options):
+    """The address of a Ray that is there for the `with` statement; options as for the head node of a `Cluster`."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", HEAD, json.dumps(options)], stdin=pipe, stdout=pipe, text=True) as ray:
+        yield next(line.split()[1] for line in ray.stdout if line.startswith("address "))
+        ray.stdin.close()
+
+
 @pytest.fixture(scope="session")
 def address(environment):
     """Of a Ray with room for three actors of a core."""
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", HEAD], stdin=pipe, stdout=pipe, text=True) as head:
-        yield next(line.split()[1] for line in head.stdout if line.startswith("address "))
-        head.stdin.close()
+    with head(num_cpus=3) as found:
+        yield found

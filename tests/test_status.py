@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import ray
 from made_up import images, settings
+from shared_ray import head
 from tiny_search import command, wait_for
 
 import cluster.metrics
@@ -160,10 +161,10 @@ DRIVER = "import sys; from patchrank import status; status.REPORT_SECONDS = 0.2;
 @pytest.fixture
 def metered(hold):
     """A Ray that tells its metrics twice a second."""
-    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-    ray.init(address="local", num_cpus=2, _system_config={"metrics_report_interval_ms": 500}, **quiet)
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
+    with head(num_cpus=2, include_dashboard=False, _system_config={"metrics_report_interval_ms": 500}) as address:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        yield address
+        ray.shutdown()
 
 
 def metrics() -> dict[str, float]:
