@@ -43,11 +43,10 @@ def predictor_share(bundle: Bundle, tower: nn.Module, images: torch.Tensor, roun
     """The predictor's time as a share of the pruned tower's, both timed in turn; the median over rounds."""
     grid = bundle.predictor.config.num_tokens
     tokens = torch.randn(len(images), 1 + grid, bundle.predictor.config.input_width).to(images)
-    parts: dict[str, nn.Module] = {"predictor": bundle.predictor, "tower": tower}
     shares = []
     for _ in range(rounds):
-        alone = latency.measure({"predictor": parts["predictor"]}, tokens, 0, least=1)[0].seconds
-        whole = latency.measure({"tower": parts["tower"]}, images, 0, least=1)[0].seconds
+        alone = latency.measure({"predictor": bundle.predictor}, tokens, 0, least=1)[0].seconds
+        whole = latency.measure({"tower": tower}, images, 0, least=1)[0].seconds
         shares.append(alone / whole)
     return statistics.median(shares)
 

@@ -22,10 +22,9 @@ from cluster.pool import Failed
 from cluster.progress import ShardReport
 from patchrank import rankings, shards, storage
 from patchrank.estimate import seconds_per_image
-from patchrank.evaluate import EvaluatedShard
 from patchrank.images import decode, limit_pixels
 from patchrank.progress import Progress
-from patchrank.ranker import RankedShard, ShardRanker, class_sums
+from patchrank.ranker import ShardRanker, ShardResult, class_sums
 from patchrank.search import SearchConfig, Searcher
 from patchrank.shards import Sample, ShardError
 from patchrank.vit import Tower
@@ -122,9 +121,13 @@ class RankingActor:
         with self._progress.timed("write"):
             size = write(plan.folder, plan.fingerprint, shard, ranked)
         self._metrics.tell()
+        return self._report(ranked, start, size)
+
+    def _report(self, found: ShardResult, start: float, size: int) -> ShardReport:
+        """Of a shard that was begun at `start` and whose files take so many bytes."""
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         process = f"{socket.gethostname()} {os.getpid()}"
-        return ShardReport(self._progress, ranked.error, time.monotonic() - start, size, memory, process)
+        return ShardReport(self._progress, found.error, time.monotonic() - start, size, memory, process)
 
     def estimate(self, shared: Shared, shard: str, plan: Plan, seconds: float) -> Timing | Failed:
         """How long an image of a shard takes, from about so many seconds of timing; nothing is written."""
@@ -164,7 +167,7 @@ def write(
     folder: str,
     fingerprint: str,
     shard: str,
-    found: RankedShard | EvaluatedShard,
+    found: ShardResult,
     kind: str = "search",
     encoded: Callable[[pa.Table, Mapping[str, str]], bytes] | None = None,
 ) -> int:

@@ -15,6 +15,7 @@ from cluster.pool import Failed, Pool
 from cluster.progress import Meter
 from patchrank import classes, storage
 from patchrank.classes import CLASSES_FILE, Classes
+from patchrank.corpus import Rankings
 from patchrank.errors import UserError
 from patchrank.models import Model
 
@@ -63,7 +64,39 @@ def class_source(
     return None, None
 
 
-def make_prototypes(
+def classes_of(corpus: Rankings) -> tuple[str | None, Classes | None]:
+    """The identity of a search's class embeddings, and these; None twice where it had none.
+
+    Raises:
+        UserError: they are missing, or those of other classes.
+    """
+    identity = corpus.settings.get("classes")
+    if identity is None:
+        return None, None
+    known = classes.load(storage.join(corpus.folder, CLASSES_FILE), identity, corpus.class_names)
+    if known is None:
+        raise UserError(f"{corpus.folder}: its {CLASSES_FILE} is missing or of other classes; run the search again")
+    return identity, known
+
+
+def settle(
+    pool: Pool,
+    prototypes: list[str],
+    folder: str,
+    identity: str | None,
+    known: Classes | None,
+    names: list[str] | None,
+    images_per_batch: int,
+) -> Classes | None:
+    """The class embeddings, by now made if they are prototypes, and kept in the folder for a run that goes on."""
+    if identity and known is None:
+        known = _make_prototypes(pool, prototypes, folder, identity, names, images_per_batch)
+    if known:
+        classes.save(storage.join(folder, CLASSES_FILE), known)
+    return known
+
+
+def _make_prototypes(
     pool: Pool, uris: list[str], folder: str, identity: str, names: list[str] | None, images_per_batch: int
 ) -> Classes:
     """Have the prototypes made."""

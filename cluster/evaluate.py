@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import hashlib
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,17 +13,15 @@ import numpy as np
 import ray
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from cluster.actor import OutputError, Shared
-from cluster.class_source import class_source, make_prototypes, usable
+from cluster.class_source import class_source, classes_of, settle, usable
 from cluster.evaluation_actor import EvaluationActor, EvaluationPlan, LatencyPlan
 from cluster.places import connected
 from cluster.pool import Failed, Pool
 from cluster.rank import Summary, work_through
 from patchrank import __version__, classes, evaluate, figures, models, pairs, rankings, shards, status, storage
 from patchrank.bundle import Bundle
-from patchrank.classes import CLASSES_FILE, Classes
 from patchrank.comparison import UNPRUNED
 from patchrank.corpus import Rankings
 from patchrank.errors import UserError
@@ -106,7 +104,7 @@ def run(job: EvaluationJob) -> EvaluationSummary:
     corpus = rankings.open(job.rankings) if job.rankings else None
     asks = bool(names or prototypes or job.class_embeddings)
     if corpus is not None and not asks:
-        identity, known = _of_search(corpus)
+        identity, known = classes_of(corpus)
         names = corpus.class_names
     else:
         identity, known = class_source(job, model, folder, names, prototypes)
@@ -124,10 +122,7 @@ def run(job: EvaluationJob) -> EvaluationSummary:
         size = min(places.actors, max(1, len(todo), len(prototypes)))
         pool = Pool(EvaluationActor, shared, size, places.cpus, places.gpus, (OutputError,), places.room)
         batch = job.images_per_batch or (64 if places.gpu else 8)
-        if identity and known is None:
-            known = make_prototypes(pool, prototypes, folder, identity, names, batch)
-        if known:
-            classes.save(storage.join(folder, CLASSES_FILE), known)
+        known = settle(pool, prototypes, folder, identity, known, names, batch)
         plan = EvaluationPlan(
             folder=folder,
             fingerprint=fingerprint,
@@ -142,7 +137,7 @@ def run(job: EvaluationJob) -> EvaluationSummary:
             held_out=job.held_out,
             match=job.match,
         )
-        work_through(pool, "evaluate", KIND, ray.put(plan), todo, summary)
+        work_through(pool, "evaluate", KIND, ray.put(plan), todo, summary, job.limit)
         summary.seconds = time.monotonic() - start
         summary.content = _sum_up(job, found, names, uris, folder, pool)
         figures.write(folder, summary.content)
@@ -154,17 +149,6 @@ def run(job: EvaluationJob) -> EvaluationSummary:
         except OSError as error:
             raise UserError(f"--save-bundle {job.save_bundle}: {storage.one_line(error)}") from None
     return summary
-
-
-def _of_search(corpus: Rankings) -> tuple[str | None, Classes | None]:
-    """The class embeddings of a search, and their identity."""
-    identity = corpus.settings.get("classes")
-    if identity is None:
-        return None, None
-    known = classes.load(storage.join(corpus.folder, CLASSES_FILE), identity, corpus.class_names)
-    if known is None:
-        raise UserError(f"{corpus.folder}: its {CLASSES_FILE} is missing or of other classes; run the search again")
-    return identity, known
 
 
 def _setting(job: EvaluationJob, model: Model, corpus: Rankings | None, dtype: torch.dtype) -> _Setting:
@@ -215,7 +199,7 @@ def _settings(job: EvaluationJob, found: _Setting, identity: str | None, names: 
         "keep_rates": list(job.keep_rates),
         "classes": identity,
         "rankings": None if corpus is None else rankings.fingerprint(corpus.settings),
-        "bundle": None if found.bundle is None else _digest(found.bundle),
+        "bundle": None if found.bundle is None else models.digest(found.bundle.state_dict()),
         "limit": job.limit,
         "held_out": job.held_out,
         "match": job.match,
@@ -230,9 +214,10 @@ def _sum_up(
     """The content of figures.json."""
     tower, model = found.tower, found.model
     rows = figures.figures(folder, found.methods)
+    cost = _costs(found)
     for row in rows:
-        row["multiply_adds"], row["counted"] = _cost(found, row["method"], row["keep"])
-    latency, device = _latency(job, found, pool)
+        row["multiply_adds"], row["counted"] = cost(row["method"], row["keep"])
+    latency, device = _latency(job, found, pool, cost)
 
     def encode(captions: list[str]) -> np.ndarray:
         parts, tokenize = [], model.tokenizer()
@@ -264,17 +249,25 @@ def _sum_up(
     }
 
 
-def _cost(found: _Setting, method: str, keep: float) -> tuple[int, int]:
-    """Multiply-adds of an image by the formula, and as PyTorch counts them."""
+_Costs = Callable[[str, float], tuple[int, int]]
+
+
+def _costs(found: _Setting) -> _Costs:
+    """From a method and a keep rate to the multiply-adds of an image, by the formula and as PyTorch counts them."""
     visual = copy.deepcopy(found.model.visual).to("meta")  # where counting takes no time
-    if method == UNPRUNED:
-        return full_multiply_adds(visual), count_multiply_adds(visual)
     bundle = None if found.bundle is None else copy.deepcopy(found.bundle).to("meta")
-    tower = evaluate.pruned_tower(method, visual, found.tower.cut, keep, bundle)
-    return tower.multiply_adds(), count_multiply_adds(tower)
+
+    @functools.cache
+    def cost(method: str, keep: float) -> tuple[int, int]:
+        if method == UNPRUNED:
+            return full_multiply_adds(visual), count_multiply_adds(visual)
+        tower = evaluate.pruned_tower(method, visual, found.tower.cut, keep, bundle)
+        return tower.multiply_adds(), count_multiply_adds(tower)
+
+    return cost
 
 
-def _latency(job: EvaluationJob, found: _Setting, pool: Pool) -> tuple[list[dict[str, Any]], str]:
+def _latency(job: EvaluationJob, found: _Setting, pool: Pool, cost: _Costs) -> tuple[list[dict[str, Any]], str]:
     """What one actor measures, once the others have nothing to do, and what it is."""
     timed = [name for name in found.methods if name not in (evaluate.GOLDEN, evaluate.RANDOM)]
     plan = LatencyPlan(
@@ -290,17 +283,6 @@ def _latency(job: EvaluationJob, found: _Setting, pool: Pool) -> tuple[list[dict
                 f"the towers could not be timed ({result.reason}); --batch-sizes tells which batches to time"
             )
         measured, device = result
-        full = full_multiply_adds(found.tower.visual)
-        return [row | {"predicted": full / _cost(found, row["method"], row["keep"])[0]} for row in measured], device
+        full, _ = cost(UNPRUNED, 1.0)
+        return [row | {"predicted": full / cost(row["method"], row["keep"])[0]} for row in measured], device
     raise AssertionError("the pool answers for every item")
-
-
-def _digest(bundle: Bundle) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(bundle.state_dict().items()):
-        digest.update(name.encode() + _bytes(value))
-    return digest.hexdigest()[:16]
-
-
-def _bytes(value: Tensor) -> bytes:
-    return value.contiguous().numpy().tobytes()

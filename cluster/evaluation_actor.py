@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import resource
-import socket
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -75,9 +72,7 @@ class EvaluationActor(RankingActor):
         found = evaluator.evaluate(shard, self._progress)
         with self._progress.timed("write"):
             size = write(plan.folder, plan.fingerprint, shard, found, "evaluation", rankings.serialise)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        process = f"{socket.gethostname()} {os.getpid()}"
-        return ShardReport(self._progress, found.error, time.monotonic() - start, size, memory, process)
+        return self._report(found, start, size)
 
     def latency(self, shared: Shared, item: str, plan: LatencyPlan) -> tuple[list[dict[str, Any]], str]:
         """Seconds a batch and speed-up of every method at every keep rate and batch size, and the device's name."""
@@ -88,7 +83,7 @@ class EvaluationActor(RankingActor):
         towers: dict[tuple[str, float], nn.Module] = {(UNPRUNED, 1.0): visual}
         for name in plan.methods:
             for keep in plan.keep_rates:
-                made = evaluate.pruned_tower(name, visual, tower.cut, keep, copy.deepcopy(plan.bundle))
+                made = evaluate.pruned_tower(name, visual, tower.cut, keep, plan.bundle)
                 towers[name, keep] = made.to(tower.device).eval()
         names = {f"{name} {keep}": (name, keep) for name, keep in towers}
         rows: list[dict[str, Any]] = []

@@ -46,17 +46,19 @@ class Meter:
     """Shows images, rates, shards, rejects and the time left.
 
     The number of images of a shard is not known before it has been read, so the whole is estimated from the mean of the
-    shards that this run has finished; until the first one has, there is no time left to tell.
+    shards that this run has finished; until the first one has, there is no time left to tell, unless there is a limit.
 
     Args:
         title: what is being done.
         shards: of the whole job.
         folder: where `patchrank.status` finds the reports.
         finished: of these, by earlier runs.
+        limit: images of a shard at most, which is what a shard is taken to have until one has been read.
     """
 
-    def __init__(self, title: str, shards: int, folder: str, finished: int = 0) -> None:
+    def __init__(self, title: str, shards: int, folder: str, finished: int = 0, limit: int | None = None) -> None:
         self._title, self._shards, self._folder, self._resumed = title, shards, folder, finished
+        self._limit = limit
         self._done = Progress()
         self._done_shards = self._failed_shards = 0
         self._start = self._logged = time.monotonic()
@@ -80,9 +82,8 @@ class Meter:
         """Show where things stand; `current` is of the shards in work, None where nothing has been heard yet."""
         now = _sum([self._done, *(progress for progress in current.values() if progress)])
         images_a_second, candidates_a_second = self._pace(now)
-        total = None
-        if self._done_shards:
-            total = round(self._done.images / self._done_shards * (self._shards - self._resumed - self._failed_shards))
+        each = self._done.images / self._done_shards if self._done_shards else self._limit  # images a shard
+        total = None if each is None else round(each * (self._shards - self._resumed - self._failed_shards))
         left = None if total is None or not images_a_second else max(0, total - now.images) / images_a_second
         self._run.updated, self._run.actors = time.time(), actors
         self._run.images, self._run.rejects, self._run.candidates = now.images, now.rejects, now.candidates

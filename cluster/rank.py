@@ -12,12 +12,11 @@ import ray
 import torch
 
 from cluster.actor import OutputError, Plan, RankingActor, Shared
-from cluster.class_source import class_source, make_prototypes, usable
+from cluster.class_source import class_source, settle, usable
 from cluster.places import Places, connected
 from cluster.pool import Failed, Pool
 from cluster.progress import Meter, ShardReport
 from patchrank import __version__, classes, models, rankings, shards, status, storage
-from patchrank.classes import CLASSES_FILE
 from patchrank.errors import UserError
 from patchrank.images import MAX_PIXELS
 from patchrank.models import Model
@@ -119,10 +118,7 @@ def search(job: SearchJob) -> SearchSummary:
         shared = Shared(ray.put(tower), ray.put(model.preprocess()), places, job.max_pixels)
         size = min(places.actors, max(len(todo), len(prototypes)))
         pool = Pool(RankingActor, shared, size, places.cpus, places.gpus, (OutputError,), places.room)
-        if identity and known is None:
-            known = make_prototypes(pool, prototypes, folder, identity, names, images_per_batch(job, places))
-        if known:
-            classes.save(storage.join(folder, CLASSES_FILE), known)
+        known = settle(pool, prototypes, folder, identity, known, names, images_per_batch(job, places))
         plan = Plan(
             folder=folder,
             fingerprint=fingerprint,
@@ -134,7 +130,7 @@ def search(job: SearchJob) -> SearchSummary:
             candidates_per_batch=job.candidates_per_batch,
             limit=job.limit,
         )
-        work_through(pool, "rank", "search", ray.put(plan), todo, summary)
+        work_through(pool, "rank", "search", ray.put(plan), todo, summary, job.limit)
         summary.seconds = time.monotonic() - start
     return summary
 
@@ -144,17 +140,26 @@ def images_per_batch(job: SearchJob, places: Places) -> int:
     return job.images_per_batch or (64 if places.gpu else 4)
 
 
-def work_through(pool: Pool, method: str, title: str, plan: ray.ObjectRef, todo: list[str], summary: Summary) -> None:
+def work_through(
+    pool: Pool,
+    method: str,
+    title: str,
+    plan: ray.ObjectRef,
+    todo: list[str],
+    summary: Summary,
+    limit: int | None = None,
+) -> None:
     """Have every shard worked on by a method of the pool's actors, which write its table, and fill in the summary.
 
     Args:
         method: (shared, shard, plan) -> ShardReport.
         title: of the progress bar.
+        limit: images of a shard that are worked on, if not all.
 
     Raises:
         UserError: tables cannot be written.
     """
-    with contextlib.closing(Meter(title, summary.shards, summary.folder, summary.resumed)) as meter:
+    with contextlib.closing(Meter(title, summary.shards, summary.folder, summary.resumed, limit)) as meter:
 
         def show() -> None:
             meter.show(pool.running(), pool.actors_up)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cluster.class_source import classes_of
 from cluster.training_folder import Figures
 from patchrank import classes, models, pairs, predictor, prompts, rankings, storage
 from patchrank.baselines import predicted
@@ -143,12 +144,8 @@ def open_images(
     tower = Tower(loaded.visual, corpus.settings["model"]["cut"], name=model)
     pairs.check(corpus, tower, loaded.weights)
     models.resolve_dtype(dtype, gpu=False)  # refuses other names
-    identity, embeddings = corpus.settings.get("classes"), None
-    if identity is not None:
-        known = classes.load(storage.join(corpus.folder, CLASSES_FILE), identity, corpus.class_names)
-        if known is None:
-            raise UserError(f"{folder}: its {CLASSES_FILE} is missing or of other classes; run the search again")
-        embeddings = known.embeddings
+    _, known = classes_of(corpus)
+    embeddings = None if known is None else known.embeddings
     record = {"name": model, "pretrained": pretrained, "weights": loaded.weights, "cut": tower.cut}
     joined = Pairs(corpus, loaded.preprocess(), shards, held_out, seed)
     images = RankedImages(tower, record, loaded.logit_scale, joined, embeddings, dtype, list(test), measured, features)
@@ -268,13 +265,10 @@ class TokensTask:
             )
 
     def settings(self) -> dict[str, Any]:
-        weights = hashlib.sha256()
-        for name, value in sorted(self.predictor.state_dict().items()):
-            weights.update(name.encode() + value.numpy().tobytes())
         return {
             **self.images.settings(),
             "tokens": asdict(self.config),
-            "predictor": weights.hexdigest()[:16],
+            "predictor": models.digest(self.predictor.state_dict()),
             "keep": self.keep,
         }
 

@@ -15,10 +15,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from cluster import job_flags
 from cluster.evaluate import EvaluationJob, EvaluationSummary
 from cluster.evaluate import run as evaluate
 from patchrank import assets, pairs, rankings
-from patchrank.classes import TEMPLATES
 from patchrank.comparison import Row, render
 from patchrank.errors import UserError, run
 from patchrank.evaluate import METHODS
@@ -51,31 +51,20 @@ def parser() -> argparse.ArgumentParser:
     add("--match", type=int, metavar="M", help="tokens that the matching rate looks at (as many as stay)")
     add("--save-bundle", metavar="FOLDER", help="write what patchrank.prune needs here, with these figures")
 
-    add = result.add_argument_group("classes (those of the rankings)").add_argument
-    add("--classes", metavar="FILE", help="class names by label: JSON list or one a line; the text tower embeds them")
-    add("--templates", nargs="+", default=["photo"], metavar="T", help=f"prompts with {{}}, or {', '.join(TEMPLATES)}")
-    add("--class-embeddings", metavar="FILE", help="class embeddings: FILE.safetensors or FILE.npz, :ARRAY if several")
-    add("--prototypes", nargs="+", default=[], metavar="SHARDS", help="labelled shards whose mean embeddings to use")
+    job_flags.add_classes(result, "classes (those of the rankings)")
 
     add = result.add_argument_group("time").add_argument
     add("--batch-sizes", type=int, nargs="*", default=list(default.batch_sizes), help="to time (%(default)s)")
     add("--timed-keep-rates", type=float, nargs="+", default=list(default.timed_keep_rates), help="(%(default)s)")
     add("--timed-seconds", type=float, default=default.timed_seconds, help="a batch size, at least (%(default)s)")
 
-    add = result.add_argument_group("machines").add_argument
-    add("--address", help="Ray cluster to join: auto or HOST:PORT (RAY_ADDRESS, else a local Ray)")
-    add("--actors", type=int, help="actors to start (one a GPU, or as many as the cores allow)")
-    add("--cpus-per-actor", type=int, help="cores of an actor")
-    add("--gpus-per-actor", type=float, help="GPUs of an actor, 0 for none")
-    add("--images-per-batch", type=int, help="images an actor evaluates at a time")
+    job_flags.add_machines(result, "evaluates")
     return result
 
 
 def job(args: argparse.Namespace) -> EvaluationJob:
     """The job that the flags describe. Raises UserError for flags that do not go together."""
-    for name in ("limit", "max_pixels", "actors", "cpus_per_actor", "images_per_batch"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    job_flags.check_positive(args, ("limit", "max_pixels", "actors", "cpus_per_actor", "images_per_batch"))
     if any(size < 1 for size in args.batch_sizes):
         raise UserError(f"--batch-sizes {min(args.batch_sizes)}: must be at least 1")
     if not 0 < args.held_out <= 1:

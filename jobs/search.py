@@ -15,10 +15,10 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from cluster import job_flags
 from cluster.estimate import Estimate, estimate
 from cluster.rank import SearchJob, SearchSummary, search
 from patchrank import assets
-from patchrank.classes import TEMPLATES
 from patchrank.errors import UserError, run
 from patchrank.scores import SCORES
 from patchrank.search import RANK_BY, SearchConfig
@@ -42,11 +42,7 @@ def parser() -> argparse.ArgumentParser:
     add("--cut", type=int, metavar="L", help="tokens leave before this block, counted from 0 (a quarter of the depth)")
     add("--dtype", default=SearchJob.dtype, help="auto, float32, bfloat16 or float16 (%(default)s)")
 
-    add = result.add_argument_group("classes, for predictions and for the scores 'label' and 'confidence'").add_argument
-    add("--classes", metavar="FILE", help="class names by label: JSON list or one a line; the text tower embeds them")
-    add("--templates", nargs="+", default=["photo"], metavar="T", help=f"prompts with {{}}, or {', '.join(TEMPLATES)}")
-    add("--class-embeddings", metavar="FILE", help="class embeddings: FILE.safetensors or FILE.npz, :ARRAY if several")
-    add("--prototypes", nargs="+", default=[], metavar="SHARDS", help="labelled shards whose mean embeddings to use")
+    job_flags.add_classes(result, "classes, for predictions and for the scores 'label' and 'confidence'")
 
     default = SearchConfig()
     add = result.add_argument_group("search").add_argument
@@ -59,12 +55,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rank-by", default=default.rank_by, help=f"how scores become a ranking: {', '.join(RANK_BY)} (%(default)s)")
     add("--keep-rates", type=float, nargs="*", default=list(SearchJob.keep_rates), help="to predict at (%(default)s)")
 
-    add = result.add_argument_group("machines").add_argument
-    add("--address", help="Ray cluster to join: auto or HOST:PORT (RAY_ADDRESS, else a local Ray)")
-    add("--actors", type=int, help="actors to start (one a GPU, or as many as the cores allow)")
-    add("--cpus-per-actor", type=int, help="cores of an actor")
-    add("--gpus-per-actor", type=float, help="GPUs of an actor, 0 for none")
-    add("--images-per-batch", type=int, help="images an actor searches at a time")
+    add = job_flags.add_machines(result, "searches").add_argument
     add("--candidates-per-batch", type=int, help="candidates in a forward pass; halved when memory runs out")
     return result
 
@@ -80,9 +71,8 @@ def job(args: argparse.Namespace) -> SearchJob:
         raise UserError("--pretrained needs --model, an open_clip name")
     if args.gpus_per_actor is not None and args.gpus_per_actor < 0:
         raise UserError(f"--gpus-per-actor {args.gpus_per_actor}: must be at least 0")
-    for name in ("limit", "max_pixels", "actors", "cpus_per_actor", "images_per_batch", "candidates_per_batch"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    counts = ("limit", "max_pixels", "actors", "cpus_per_actor", "images_per_batch", "candidates_per_batch")
+    job_flags.check_positive(args, counts)
     try:
         rescore = None if args.rescore == "all" else int(args.rescore)
     except ValueError:

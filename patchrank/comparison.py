@@ -143,7 +143,7 @@ class Comparison:
         self.classes = classes
         self.m = m
         self._cells = [(UNPRUNED, 1.0)] + [
-            (name, keep) for name, method in methods.items() for keep in (keep_rates if method.prunes else (1.0,))
+            (name, keep) for name, method in methods.items() for keep in (self.counts if method.prunes else (1.0,))
         ]
         self.sums = torch.zeros(len(self._cells), len(_FIGURES), dtype=torch.float64)
 

@@ -187,7 +187,7 @@ def read_search(folder: str, kind: str = "search") -> dict[str, Any] | None:
         OSError: it cannot be read.
     """
     path = storage.join(folder, f"{kind}.json")
-    again = {"search": "search again"}.get(kind, "evaluate again")
+    verb = "search" if kind == "search" else "evaluate"
     try:
         data = storage.read_bytes(path)
     except FileNotFoundError:
@@ -196,7 +196,7 @@ def read_search(folder: str, kind: str = "search") -> dict[str, Any] | None:
         content = json.loads(data)
         version, theirs, ours = content["format"], content["fingerprint"], fingerprint(content["settings"])
     except (ValueError, TypeError, LookupError, AttributeError):
-        raise UserError(f"{path}: damaged; restore it, or delete the folder and {again}") from None
+        raise UserError(f"{path}: damaged; restore it, or delete the folder and {verb} again") from None
     if version != VERSION:
         raise UserError(f"{path}: has format {version}, and this version of patchrank reads {VERSION}")
     if theirs != ours:

@@ -9,7 +9,6 @@ OUT/figures.json            what it all comes to: see `patchrank.figures`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,15 +27,15 @@ from patchrank.matching import matching_rate
 from patchrank.pairs import PairBatch, is_held_out
 from patchrank.predictor import count_kept
 from patchrank.progress import Progress
-from patchrank.pruned import MergedTower, PrunedTower, pruned_multiply_adds
-from patchrank.ranker import checked
+from patchrank.pruned import MERGING, MergedTower, PrunedTower, pruned_multiply_adds
+from patchrank.ranker import ShardResult, checked
 from patchrank.scores import probabilities
 from patchrank.selectors import ClassAttentionSelector, PredictorSelector, RandomSelector
 from patchrank.shards import Reject, Sample, ShardError
 from patchrank.vit import Tower
 
 GOLDEN, PREDICTOR, TOKENS = "golden", "predictor", "predictor-tokens"
-ATTENTION, MERGING, RANDOM = "class-attention", "token-merging", "random"
+ATTENTION, RANDOM = "class-attention", "random"
 METHODS = (GOLDEN, PREDICTOR, TOKENS, ATTENTION, MERGING, RANDOM)
 TOP = 5
 
@@ -146,15 +145,6 @@ def pruned_tower(
     return PrunedTower(visual, schedule, RandomSelector())
 
 
-@dataclass(frozen=True)
-class EvaluatedShard:
-    """The outcome of a shard; as `patchrank.ranker.RankedShard`, with a row an image, method and keep rate."""
-
-    table: pa.Table
-    rejects: list[Reject]
-    error: str | None
-
-
 class ShardEvaluator:
     """Evaluates the images of one shard after the other.
 
@@ -197,7 +187,7 @@ class ShardEvaluator:
         self.logit_scale, self.corpus, self.batch, self.limit = logit_scale, corpus, batch, limit
         self.held_out, self.match, self.threads = held_out, match, threads
 
-    def evaluate(self, shard: str, progress: Progress | None = None) -> EvaluatedShard:
+    def evaluate(self, shard: str, progress: Progress | None = None) -> ShardResult:
         """Prune the images of a shard in every way; `progress` is kept up to date meanwhile."""
         progress = progress or Progress()
         rejects: list[Reject] = []
@@ -220,7 +210,7 @@ class ShardEvaluator:
                 progress.images += len(batch.keys)
         except ShardError as damage:
             error = str(damage)
-        return EvaluatedShard(pa.concat_tables(tables), rejects, error)
+        return ShardResult(pa.concat_tables(tables), rejects, error)
 
     def _golden(self, shard: str) -> dict[str, tuple[Tensor, Tensor]] | None:
         """Ranking and score, (N,) each, by key."""

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +101,7 @@ def load(name: str, pretrained: str | None = None) -> Model:
     scale = IMAGE_TOWER_LOGIT_SCALE if image_tower else clip.logit_scale.exp().item()
     weights = tower_digest(clip.visual)
     text = {key: value for key, value in clip.state_dict().items() if not key.startswith("visual.")}
-    return Model(name, clip, image_tower is None, weights, _digest(text), scale)
+    return Model(name, clip, image_tower is None, weights, digest(text), scale)
 
 
 def tower_digest(visual: VisionTransformer, dtype: torch.dtype = torch.float32) -> str:
@@ -111,7 +111,7 @@ def tower_digest(visual: VisionTransformer, dtype: torch.dtype = torch.float32) 
     """
     # The same weights with another activation, norm or number of heads make another model.
     structure = f"{visual} {visual.transformer.resblocks[0].attn.num_heads}"
-    return _digest({key: value.to(dtype) for key, value in visual.state_dict().items()}, structure)
+    return digest({key: value.to(dtype) for key, value in visual.state_dict().items()}, structure)
 
 
 def _needs_quick_gelu(name: str, pretrained: str) -> bool:
@@ -131,12 +131,13 @@ def _image_tower_weights(path: str | None) -> dict[str, Tensor] | None:
     return None if text_tower else state
 
 
-def _digest(weights: dict[str, Tensor], structure: str = "") -> str:
-    digest = hashlib.sha256(structure.encode())
+def digest(weights: Mapping[str, Tensor], structure: str = "") -> str:
+    """16 hex digits that tell weights, and the structure that they are for, from others."""
+    found = hashlib.sha256(structure.encode())
     for key, value in sorted(weights.items()):
-        digest.update(key.encode())
-        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+        found.update(key.encode())
+        found.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def _short(error: Exception) -> str:

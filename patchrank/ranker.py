@@ -22,12 +22,13 @@ MAX_CLASSES = 100_000  # of prototypes without class names: one wrong label coul
 
 
 @dataclass(frozen=True)
-class RankedShard:
+class ShardResult:
     """The outcome of a shard.
 
     Attributes:
-        table: a row an image, as `patchrank.rankings.table` makes it; the rows before the damage where `error` is set.
-        rejects: the samples that could not be ranked.
+        table: a row an image, as `patchrank.rankings.table` makes it, or as `patchrank.evaluate.schema` says; the rows
+            before the damage where `error` is set.
+        rejects: the samples that could not be used.
         error: why the shard could not be read to its end, or None.
     """
 
@@ -66,7 +67,7 @@ class ShardRanker:
         self.limit = limit
         self.threads = threads
 
-    def rank(self, shard: str, progress: Progress | None = None) -> RankedShard:
+    def rank(self, shard: str, progress: Progress | None = None) -> ShardResult:
         """Search the images of a shard; `progress` is kept up to date meanwhile."""
         progress = progress or Progress()
         progress.cosine = [0.0] * len(self.searcher.keep_rates)
@@ -87,7 +88,7 @@ class ShardRanker:
         except ShardError as damage:
             error = str(damage)
         progress.rejects = len(rejects) + len(overflows)
-        return RankedShard(pa.concat_tables(tables), rejects + overflows, error)
+        return ShardResult(pa.concat_tables(tables), rejects + overflows, error)
 
     def _search(self, shard: str, batch: Batch, progress: Progress, overflows: list[Reject]) -> pa.Table:
         labels = None

@@ -13,7 +13,7 @@ import open_clip
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
-from safetensors.torch import save_file
+from small_model import save_model
 
 import patchrank
 from patchrank import classes, models, predictor, prompts
@@ -27,23 +27,6 @@ FIGURES = [
     {"method": "unpruned", "keep": 1.0, "images": 7, "top1": 0.9, "cosine": 1.0, "multiply_adds": 2_000_000_000},
     {"method": "predictor", "keep": 0.5, "images": 7, "top1": None, "cosine": 0.987654, "multiply_adds": None},
 ]
-
-
-def save_model(folder, seed=0, **vision):
-    config = {
-        "model_cfg": {
-            "embed_dim": 24,
-            "vision_cfg": {"layers": 4, "width": 32, "head_width": 8, "patch_size": 4, "image_size": 24, **vision},
-            "text_cfg": {"context_length": 16, "width": 8, "heads": 1, "layers": 1},
-        },
-        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
-    }
-    folder.mkdir()
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
-    torch.manual_seed(seed)
-    model = open_clip.create_model(f"local-dir:{folder}")
-    save_file(model.state_dict(), str(folder / "open_clip_model.safetensors"))
-    return f"local-dir:{folder}"
 
 
 @pytest.fixture(scope="module")

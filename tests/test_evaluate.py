@@ -14,7 +14,7 @@ import pytest
 import torch
 import webdataset as wds
 from PIL import Image
-from safetensors.torch import save_file
+from small_model import save_model
 
 import patchrank
 from cluster.evaluate import EvaluationJob, run
@@ -42,19 +42,7 @@ KEEP_RATES = (0.75, 0.5)
 def data(tmp_path_factory):
     """A small model, two shards of nine images with captions, one of them broken, their rankings, and a bundle."""
     folder = tmp_path_factory.mktemp("data")
-    config = {
-        "model_cfg": {
-            "embed_dim": 24,
-            "vision_cfg": {"layers": 4, "width": 32, "head_width": 8, "patch_size": 4, "image_size": 16},
-            "text_cfg": {"context_length": 8, "width": 8, "heads": 1, "layers": 1},
-        },
-        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
-    }
-    (folder / "model").mkdir()
-    (folder / "model" / "open_clip_config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    clip = open_clip.create_model(f"local-dir:{folder / 'model'}")
-    save_file(clip.state_dict(), str(folder / "model" / "open_clip_model.safetensors"))
+    name = save_model(folder / "model", context_length=8, image_size=16)
     (folder / "classes.json").write_text(json.dumps(CLASSES))
     random = np.random.default_rng(0)
     for shard in range(2):
@@ -69,7 +57,7 @@ def data(tmp_path_factory):
                 if number == 8:
                     sample["png"] = b"broken"
                 writer.write(sample)
-    model = models.load(f"local-dir:{folder / 'model'}")
+    model = models.load(name)
     tower = Tower(model.visual)
     settings = {
         "model": {"weights": model.weights, "cut": 1, "dtype": "float32"},

@@ -12,7 +12,7 @@ import pytest
 import torch
 import webdataset as wds
 from PIL import Image
-from safetensors.torch import save_file
+from small_model import save_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import patchrank
@@ -38,24 +38,6 @@ def job(name):
         return __import__(name).main
     finally:
         sys.path.pop(0)
-
-
-def save_model(folder, **vision):
-    """A small CLIP with random weights; returns its name."""
-    config = {
-        "model_cfg": {
-            "embed_dim": 24,
-            "vision_cfg": {"layers": 4, "width": 32, "head_width": 8, "patch_size": 4, "image_size": 24, **vision},
-            "text_cfg": {"context_length": 16, "width": 8, "heads": 1, "layers": 1},
-        },
-        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
-    }
-    folder.mkdir()
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    model = open_clip.create_model(f"local-dir:{folder}")
-    save_file(model.state_dict(), str(folder / "open_clip_model.safetensors"))
-    return f"local-dir:{folder}"
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 from PIL import Image
-from safetensors.torch import save_file
+from small_model import save_model
 from tiny_search import search
 
 pytest_plugins = ["shared_ray"]
@@ -19,23 +19,8 @@ CLASSES = ["ant", "bee", "cat"]
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A small CLIP with random weights, class names, and six shards of twelve random images."""
-    import open_clip
-    import torch
-
     folder = tmp_path_factory.mktemp("data")
-    config = {
-        "model_cfg": {
-            "embed_dim": 24,
-            "vision_cfg": {"layers": 4, "width": 32, "head_width": 8, "patch_size": 4, "image_size": 24},
-            "text_cfg": {"context_length": 8, "width": 8, "heads": 1, "layers": 1},
-        },
-        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
-    }
-    (folder / "model").mkdir()
-    (folder / "model" / "open_clip_config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    model = open_clip.create_model(f"local-dir:{folder / 'model'}")
-    save_file(model.state_dict(), str(folder / "model" / "open_clip_model.safetensors"))
+    save_model(folder / "model", context_length=8)
     (folder / "classes.json").write_text(json.dumps(CLASSES))
     random = np.random.default_rng(0)
     for shard in range(6):
