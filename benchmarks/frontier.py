@@ -6,9 +6,10 @@
     python benchmarks/frontier.py show docs/frontier.parquet --plot docs/frontier.png
 
 `measure` adds a row for every photo and search that the file does not have yet, after each photo: it can be stopped,
-run again with more photos, other shards or --searches, and goes on from there. Photos are drawn from a shard by the
-hash of their keys, so the first of 64 are those of 32. Searches of one photo share the candidates they have in common.
-`show` prints the table, each search against the paper's on the photos that both have, and draws the picture.
+run again with more photos, other shards or --searches, and goes on from there. The photos are the first of a shard, as
+those of `jobs/search.py --limit`; rankings that such a search left are taken from it (--rankings). Searches of one
+photo share the candidates they have in common. `show` prints the table, each search against the paper's on the photos
+that both have, and draws the picture.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import fnmatch
 import functools
 import hashlib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -31,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from patchrank import baselines, classes, models, shards
+from patchrank import baselines, classes, models, rankings, shards
 from patchrank.candidates import Candidates
 from patchrank.errors import UserError, run
 from patchrank.images import decode
@@ -43,7 +45,7 @@ from patchrank.search import SearchConfig, Searcher, tokens_kept
 from patchrank.vit import Tower
 
 KEEP_RATES = (0.8, 0.7, 0.6, 0.5, 0.4)
-PAPER = "one-shot r=2"
+PAPER, DEFAULT = "one-shot r=2", "effects k=4"
 RANDOM, ATTENTION = "random", "class-token attention"
 ONE_SHOT = {"steps": 1, "rank_by": "scores"}
 LAZY = {"rank_by": "scores"}
@@ -107,10 +109,37 @@ class Remembering(Candidates):
 
 
 def photos(uri: str, count: int) -> Iterator[shards.Sample]:
-    """The first so many samples of a shard, in the order of the hashes of their keys."""
-    samples = [sample for sample in shards.read(uri) if isinstance(sample, shards.Sample)]
-    samples.sort(key=lambda sample: hashlib.sha256(sample.key.encode()).digest())
-    return iter(samples[:count])
+    """The readable ones among the first so many samples of a shard."""
+    return (sample for sample in itertools.islice(shards.read(uri), count) if isinstance(sample, shards.Sample))
+
+
+def searched(folders: list[str], uris: list[str], tower: Tower, model: Model) -> dict[tuple[str, str, str], Tensor]:
+    """Rankings that `jobs/search.py` left, (N,) by shard, key and search.
+
+    Raises:
+        UserError: a folder of another model or precision, or of a search that is not one of these.
+    """
+    found = {}
+    for folder in folders:
+        corpus = rankings.open(folder)
+        about = corpus.settings["model"]
+        if (about["weights"], about["cut"], about["dtype"]) != (model.weights, tower.cut, dtype_name(tower)):
+            raise UserError(f"--rankings {folder}: of other weights, another cut ({about['cut']}) or {about['dtype']}")
+        config = SearchConfig(**corpus.settings["search"])
+        name = next((name for name, flags in SEARCHES.items() if SearchConfig(**flags) == config), None)
+        if name is None or config.score != "preservation":
+            raise UserError(f"--rankings {folder}: its search is none of those by preservation that are compared here")
+        for uri in uris:
+            if rankings.file_name(uri) in corpus.files:
+                table = corpus.tensors(["ranking"], uri)
+                shard = os.path.basename(uri)
+                found.update({(shard, key, name): row for key, row in zip(table["key"], table["ranking"], strict=True)})
+    return found
+
+
+def dtype_name(tower: Tower) -> str:
+    """As search.json has it."""
+    return str(tower.dtype).removeprefix("torch.")
 
 
 def prototypes(args: argparse.Namespace, tower: Tower, model: Model) -> Tensor:
@@ -130,8 +159,10 @@ def prototypes(args: argparse.Namespace, tower: Tower, model: Model) -> Tensor:
     return known.embeddings
 
 
-def row(name: str, searcher: Searcher, sample: shards.Sample, pixels: Tensor, classes_: Tensor) -> dict[str, Any]:
-    """What one search makes of one photo."""
+def row(
+    name: str, searcher: Searcher, sample: shards.Sample, pixels: Tensor, classes_: Tensor, known: Tensor | None
+) -> dict[str, Any]:
+    """What one search makes of one photo, whose ranking, (N,), may be known."""
     tower, labels = searcher.tower, torch.tensor([sample.label])
     tokens = tower.prefix(pixels)
     everything = torch.zeros(1, dtype=torch.int64, device=tokens.device)
@@ -141,7 +172,8 @@ def row(name: str, searcher: Searcher, sample: shards.Sample, pixels: Tensor, cl
         method = baselines.random if name == RANDOM else baselines.ClassAttention(tower)
         ranking, cost = method(tokens, batch).argsort(dim=1, descending=True).cpu(), []
     else:
-        ranking, cost = searcher.search(pixels, labels).ranking, searcher.config.cost(tower.grid)
+        cost = searcher.config.cost(tower.grid)
+        ranking = searcher.search(pixels, labels).ranking if known is None else known[None]  # (1, N)
     cosine, predicted = [], []
     for keep in KEEP_RATES:
         kept = ranking[:, : tokens_kept(tower.num_tokens, keep)].sort(dim=1).values.to(tokens.device)
@@ -171,9 +203,14 @@ def measure(args: argparse.Namespace) -> int:
     gpu = torch.cuda.is_available()
     dtype = models.resolve_dtype(args.dtype, gpu)
     tower = Tower(model.visual, args.cut, dtype, "cuda" if gpu else "cpu", args.model)
+    about = {"model": args.model, "weights": model.weights, "dtype": dtype_name(tower)}
+    if any(one["weights"] != about["weights"] or one["dtype"] != about["dtype"] for one in rows):
+        raise UserError(f"{args.results}: of other weights or another precision; name another file")
+    uris = shards.expand(args.shards)
+    rankings_ = searched(args.rankings, uris, tower, model)
     embeddings = prototypes(args, tower, model).to(tower.device)
     preprocess = model.preprocess()
-    todo = [(uri, sample) for uri in shards.expand(args.shards) for sample in photos(uri, args.photos)]
+    todo = [(uri, sample) for uri in uris for sample in photos(uri, args.photos)]
     with torch.inference_mode():
         for uri, sample in tqdm(todo, unit=" photos", disable=not sys.stderr.isatty()):
             shard = os.path.basename(uri)
@@ -183,8 +220,8 @@ def measure(args: argparse.Namespace) -> int:
             for name in missing:
                 searcher = Searcher(tower, SearchConfig(**SEARCHES.get(name, {})), embeddings, model.logit_scale)
                 searcher.candidates = Remembering(searcher.candidates, known)
-                found = row(name, searcher, sample, pixels, embeddings)
-                about = {"model": args.model, "weights": model.weights, "dtype": str(dtype).removeprefix("torch.")}
+                ranking = rankings_.get((shard, sample.key, name))
+                found = row(name, searcher, sample, pixels, embeddings, ranking)
                 rows.append({"shard": shard, "key": sample.key, **found, **about})
             if missing:
                 pq.write_table(pa.Table.from_pylist(rows), f"{args.results}.new")
@@ -194,7 +231,10 @@ def measure(args: argparse.Namespace) -> int:
 
 
 def compare(table: pa.Table) -> list[dict[str, Any]]:
-    """A line a search: 1 - cosine, (5,) mean and 90th percentile, ratio to the paper's, top-1, and how many photos."""
+    """A line a search: 1 - cosine, (5,) mean and 90th percentile, ratio to the paper's, top-1, and how many photos.
+
+    And which share of the tokens that the default search keeps this one keeps, too.
+    """
     by_search: dict[str, dict[tuple[str, str], dict]] = {}
     for one in table.to_pylist():
         by_search.setdefault(one["search"], {})[one["shard"], one["key"]] = one
@@ -221,8 +261,17 @@ def compare(table: pa.Table) -> list[dict[str, Any]]:
                 for which in (name, PAPER)
             )
             line["ratio"] = ours / theirs
+        both = sorted(found.keys() & by_search.get(DEFAULT, {}).keys())
+        if both:
+            line["shared"] = np.mean([shared(found[photo], by_search[DEFAULT][photo]) for photo in both], axis=0)
         lines.append(line)
     return lines
+
+
+def shared(one: dict[str, Any], other: dict[str, Any]) -> list[float]:
+    """Of the tokens that one ranking keeps the share that the other keeps, too, at each keep rate."""
+    counts = [tokens_kept(len(one["ranking"]), keep) for keep in KEEP_RATES]
+    return [len({*one["ranking"][:count]} & {*other["ranking"][:count]}) / count for count in counts]
 
 
 def show(args: argparse.Namespace) -> int:
@@ -236,15 +285,17 @@ def show(args: argparse.Namespace) -> int:
     models_ = pc.unique(pc.binary_join_element_wise(table["model"], table["dtype"], " ")).to_pylist()
     print(f"{', '.join(models_)}; 1 - cosine in thousandths, at keep {rates}\n")
     print(
-        "| search | candidates | G multiply-adds | photos | mean | 90th percentile | / paper's at 60, 50 % | top-1 % |"
+        "| search | candidates | G multiply-adds | photos | mean | 90th percentile "
+        "| / paper's at 60, 50 % | top-1 % | shared with the default at 60, 50 % |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     for line in lines:
         mean, high = (" ".join(f"{1000 * value:.1f}" for value in line[which]) for which in ("mean", "p90"))
         ratio = "{:.2f} {:.2f}".format(*line["ratio"][2:4]) if "ratio" in line else ""
         top = " ".join(f"{100 * value:.0f}" for value in line["right"])
+        same = "{:.0%} {:.0%}".format(*line["shared"][2:4]) if "shared" in line else ""
         cost = f"{line['candidates']} | {line['multiply_adds'] / 1e9:.0f}"
-        print(f"| {line['search']} | {cost} | {line['photos']} | {mean} | {high} | {ratio} | {top} |")
+        print(f"| {line['search']} | {cost} | {line['photos']} | {mean} | {high} | {ratio} | {top} | {same} |")
     if args.plot:
         draw([line for line in lines if "ratio" in line and line["candidates"]], args.plot)
         print(f"\n{args.plot}")
@@ -295,6 +346,7 @@ def main() -> int:
     measuring.add_argument("--shards", nargs="+", required=True, help="labelled shards to draw photos from")
     measuring.add_argument("--prototypes", nargs="+", required=True, help="labelled shards for class embeddings")
     measuring.add_argument("--classes", required=True, help="class names by label")
+    measuring.add_argument("--rankings", nargs="+", default=[], help="folders that jobs/search.py left, to be used")
     measuring.add_argument("--photos", type=int, default=32, help="of each shard (%(default)s)")
     measuring.add_argument("--searches", nargs="+", default=["*"], help="names or patterns (all)")
     showing = add("show", help="print the table and draw the picture")
