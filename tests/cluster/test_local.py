@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sysconfig
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -16,8 +17,10 @@ import yaml
 from machines import Machine, missing, switch, wait_until
 
 ROOT = Path(__file__).parents[2]
-SHARDS = [str(ROOT / "patchrank" / "assets" / "shards" / f"train-00000{number}.tar.gz") for number in (0, 1)]
-SEARCH = ["--model", "embedded", "--limit", "1", "--shards", *SHARDS]
+SHARDS = [str(ROOT / "patchrank" / "assets" / "shards" / f"train-00000{number}.tar.gz") for number in range(4)]
+LIMIT = 40  # images of a shard: enough for the slower of two machines to have its actor up while there are shards left
+SEARCH = ["--model", "embedded", "--limit", str(LIMIT), "--shards", *SHARDS]
+RANKED = f"{4 * LIMIT} ranked, 0 rejected"
 # The environment that docs/cluster.md tells users to set.
 API = ["env", "RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265"]
 
@@ -86,12 +89,16 @@ def test_a_cluster_comes_up_takes_searches_and_goes_down(network, tmp_path, monk
     wait_until(lambda: " 2 local.cluster.node" in succeeds(laptop, "ray", "exec", cluster, "ray status"), "two nodes")
 
     submit = laptop.command(["ray", "submit", cluster, "jobs/search.py", "--", *SEARCH, "--out", str(tmp_path / "a")])
-    with subprocess.Popen(submit, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        for machine in (head, worker):  # with two shards, each has an actor
-            wait_until(lambda machine=machine: any("RankingActor" in line for line in machine.processes()), "an actor")
-        said, _ = process.communicate(timeout=900)
+    with open(tmp_path / "said", "w+") as output:
+        with subprocess.Popen(submit, stdout=output, stderr=subprocess.STDOUT) as process:
+            busy = set()
+            while process.poll() is None:
+                busy |= {one for one in (head, worker) if any("RankingActor" in line for line in one.processes())}
+                time.sleep(0.1)
+        said = (tmp_path / "said").read_text()
     assert process.returncode == 0, said
-    assert "2 ranked, 0 rejected" in said
+    assert busy == {head, worker}, said  # each had an actor
+    assert RANKED in said
     assert not (head.home / "jobs").exists()  # what ran was the installed project, and this one file
 
     assert laptop.run(["curl", "-s", "-m", "5", f"http://{head.address}:8265"]).returncode == 7  # nobody listens there
@@ -103,11 +110,11 @@ def test_a_cluster_comes_up_takes_searches_and_goes_down(network, tmp_path, monk
             refused = laptop.run([*API, "RAY_AUTH_MODE=disabled", "ray", "job", "list"])
             assert refused.returncode != 0 and "token" in refused.stderr.lower()
             job = ["--working-dir", ".", "--", "python", "jobs/search.py", *SEARCH, "--out", str(tmp_path / "b")]
-            assert "2 ranked, 0 rejected" in succeeds(laptop, *token, "submit", *job)
+            assert RANKED in succeeds(laptop, *token, "submit", *job)
         finally:
             dashboard.kill()
     found = rows(tmp_path / "a")
-    assert len(found) == 2 and all(len(table) == 1 for table in found.values())
+    assert [len(table) for table in found.values()] == [LIMIT] * 4
     assert rows(tmp_path / "b") == found
 
     succeeds(laptop, "ray", "down", "--yes", cluster)
