@@ -6,7 +6,7 @@ import copy
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -102,6 +102,8 @@ def run(job: EvaluationJob) -> EvaluationSummary:
     model = models.load(job.model, job.pretrained)
     folder = storage.absolute(job.out)
     corpus = rankings.open(job.rankings) if job.rankings else None
+    if corpus is not None and job.limit is None:
+        job = replace(job, limit=corpus.settings.get("limit"))
     asks = bool(names or prototypes or job.class_embeddings)
     if corpus is not None and not asks:
         identity, known = classes_of(corpus)

@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rankings", metavar="FOLDER", help="golden rankings of the images (test-rankings, unless --shards is given)")
     add("--shards", nargs="+", metavar="SHARDS", help="as for jobs/search.py (all that the rankings name)")
     add("--out", default="evaluation", metavar="FOLDER", help="local, s3:// or gs:// (%(default)s)")
-    add("--limit", type=int, metavar="N", help="only the first N samples of each shard")
+    add("--limit", type=int, metavar="N", help="only the first N samples of each shard (those of --rankings, or all)")
     add("--held-out", type=float, default=1.0, metavar="SHARE", help="only images that such a training left out (all)")
     add("--max-pixels", type=int, default=default.max_pixels, metavar="N", help="reject larger images (%(default)s)")
     add("--model", metavar="NAME", help="open_clip name, hf-hub:ORG/REPO, local-dir:FOLDER or embedded")

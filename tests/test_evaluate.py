@@ -168,6 +168,18 @@ def test_every_row_is_what_pruning_the_model_by_hand_gives(data, done):
     assert [row["key"] for row in rejects] == ["0-8", "1-8"]
 
 
+def test_a_search_with_a_limit_limits_its_evaluation(data, address, tmp_path):
+    whole = rankings.open(str(data / "rankings"))
+    fingerprint = rankings.prepare(str(tmp_path / "rankings"), whole.settings | {"limit": 3})
+    for shard in range(2):
+        uri = str(data / f"images-{shard}.tar")
+        rankings.write(str(tmp_path / "rankings"), uri, whole.shard(uri)[:3], [], fingerprint)
+    flags = {"rankings": str(tmp_path / "rankings"), "batch_sizes": [], "keep_rates": [0.5]}
+    summary = run(job(data, tmp_path / "out", address=address, methods=["golden"], **flags))
+    assert {row["key"] for row in rows_of(summary.folder)} == {f"{shard}-{n}" for shard in range(2) for n in range(3)}
+    assert not (Path(summary.folder) / "rejects").exists()
+
+
 def test_the_figures_are_the_sums_of_the_rows(data, done):
     content = json.loads((Path(done.folder) / "figures.json").read_text())
     assert content == json.loads(json.dumps(done.content))
