@@ -1,10 +1,13 @@
 """How well a low precision measures the effects of tokens, against float32, on one photo and a real model.
 
     python benchmarks/precision.py --model ViT-B-16 --pretrained openai --shard imagenette/imagenette-000002.tar
+    python benchmarks/precision.py ... --search --dtypes float16        and what becomes of the golden ranking
 
 Every 12th token is taken out of a photo. Its effect, the change of the embedding, is small, and so what a low precision
 rounds away shows: printed are the error as a share of the effect's length, the cosine to the effect in float32, and the
-error of the whole embedding as a share of its length. A search bears a good deal of it: see docs/search.md.
+error of the whole embedding as a share of its length. With --search the default search runs in each precision, too:
+printed are the share of the tokens kept that float32 keeps as well, and the cosine of the pruned to the whole image's
+embedding, both judged in float32. A search bears a good deal of error: see docs/search.md.
 """
 
 from __future__ import annotations
@@ -14,13 +17,17 @@ import itertools
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 from patchrank import models, shards
 from patchrank.candidates import without_each
 from patchrank.errors import run
 from patchrank.images import decode
+from patchrank.search import SearchConfig, Searcher, tokens_kept
 from patchrank.vit import Tower
+
+KEEP_RATES = (0.8, 0.7, 0.6, 0.5, 0.4)
 
 
 def main() -> int:
@@ -30,30 +37,53 @@ def main() -> int:
     parser.add_argument("--pretrained", help="open_clip tag or weights file")
     parser.add_argument("--shard", required=True, help="shard with photos")
     parser.add_argument("--photos", type=int, default=1, help="the first so many (%(default)s)")
+    parser.add_argument("--dtypes", nargs="+", default=["float16", "bfloat16"], help="beside float32 (%(default)s)")
+    parser.add_argument("--search", action="store_true", help="search for golden rankings in each, too")
     args = parser.parse_args()
     model = models.load(args.model, args.pretrained)
     preprocess = model.preprocess()
     samples = (sample for sample in shards.read(args.shard) if isinstance(sample, shards.Sample))
     pixels = torch.stack([preprocess(decode(sample.image)) for sample in itertools.islice(samples, args.photos)])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = {}
+    found, rankings = {}, {}
     with torch.inference_mode():
-        for dtype in tqdm((torch.float32, torch.float16, torch.bfloat16)):
+        for name in tqdm(["float32", *args.dtypes]):
+            dtype = models.resolve_dtype(name, device == "cuda")
             tower = Tower(model.visual, dtype=dtype, device=device)
             tokens = tower.prefix(pixels)
             alive = torch.arange(tower.num_tokens, device=device).expand(len(pixels), -1)  # (B, N)
             kept = without_each(alive, alive[:, ::12])  # (B, M, N - 1)
             image = torch.arange(len(pixels), device=device).repeat_interleave(kept.shape[1])
             whole = tower.suffix(tokens)  # (B, E)
-            found[dtype] = whole, tower.suffix(tokens, kept.flatten(0, 1), image) - whole[image]  # (B * M, E)
-    exact, exact_effects = found[torch.float32]
-    for dtype, (whole, effects) in found.items():
+            found[name] = whole, tower.suffix(tokens, kept.flatten(0, 1), image) - whole[image]  # (B * M, E)
+            if args.search:
+                rankings[name] = Searcher(tower, SearchConfig()).search(pixels).ranking  # (B, N)
+    exact, exact_effects = found["float32"]
+    for name, (whole, effects) in found.items():
         error = ((effects - exact_effects).norm(dim=1) / exact_effects.norm(dim=1)).mean()
         cosine = F.cosine_similarity(effects, exact_effects).mean()
         off = ((whole - exact).norm(dim=1) / exact.norm(dim=1)).mean()
-        name = str(dtype).removeprefix("torch.")
         print(f"{name:9} error of an effect {error:.3f}, its cosine {cosine:.3f}, error of the embedding {off:.4f}")
+    if args.search:
+        judge(Tower(model.visual, device=device), pixels, rankings)
     return 0
+
+
+@torch.inference_mode()
+def judge(tower: Tower, pixels: Tensor, rankings: dict[str, Tensor]) -> None:
+    """Print what (B, N) rankings of (B, 3, H, W) images found in several precisions share, and what they are worth."""
+    tokens = tower.prefix(pixels)
+    whole = tower.suffix(tokens)  # (B, E)
+    print(f"\n{'at keep':9}{''.join(f'{keep:>16.0%}' for keep in KEEP_RATES)}")
+    for name, ranking in rankings.items():
+        line = f"{name:9}"
+        for keep in KEEP_RATES:
+            count = tokens_kept(tower.num_tokens, keep)
+            kept, exact = ranking[:, :count], rankings["float32"][:, :count]
+            same = (kept[:, :, None] == exact[:, None, :]).any(dim=2).float().mean()
+            cosine = F.cosine_similarity(tower.suffix(tokens, kept.sort(dim=1).values.to(tower.device)), whole).mean()
+            line += f"{same:>9.1%} {cosine:.4f}"
+        print(line)
 
 
 if __name__ == "__main__":
