@@ -9,7 +9,7 @@
 run again with more photos, other shards or --searches, and goes on from there. The photos are the first of a shard, as
 those of `jobs/search.py --limit`; rankings that such a search left are taken from it (--rankings). Searches of one
 photo share the candidates they have in common. `show` prints the table, each search against the paper's on the photos
-that both have, and draws the picture.
+that both have; with --common, and in the picture, on the photos that every search has.
 """
 
 from __future__ import annotations
@@ -230,13 +230,22 @@ def measure(args: argparse.Namespace) -> int:
     return 0
 
 
-def compare(table: pa.Table) -> list[dict[str, Any]]:
+def common(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Only the rows of photos that every search has."""
+    photos_of: dict[str, set[tuple[str, str]]] = {}
+    for one in rows:
+        photos_of.setdefault(one["search"], set()).add((one["shard"], one["key"]))
+    both = set.intersection(*photos_of.values())
+    return [one for one in rows if (one["shard"], one["key"]) in both]
+
+
+def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A line a search: 1 - cosine, (5,) mean and 90th percentile, ratio to the paper's, top-1, and how many photos.
 
     And which share of the tokens that the default search keeps this one keeps, too.
     """
     by_search: dict[str, dict[tuple[str, str], dict]] = {}
-    for one in table.to_pylist():
+    for one in rows:
         by_search.setdefault(one["search"], {})[one["shard"], one["key"]] = one
     lines = []
     for name in NAMES:
@@ -280,7 +289,8 @@ def show(args: argparse.Namespace) -> int:
         table = pq.read_table(args.results)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{args.results}: cannot be read: {error}") from None
-    lines = compare(table)
+    rows = table.to_pylist()
+    lines = compare(common(rows) if args.common else rows)
     rates = " ".join(f"{keep:.0%}" for keep in KEEP_RATES)
     models_ = pc.unique(pc.binary_join_element_wise(table["model"], table["dtype"], " ")).to_pylist()
     print(f"{', '.join(models_)}; 1 - cosine in thousandths, at keep {rates}\n")
@@ -297,7 +307,7 @@ def show(args: argparse.Namespace) -> int:
         cost = f"{line['candidates']} | {line['multiply_adds'] / 1e9:.0f}"
         print(f"| {line['search']} | {cost} | {line['photos']} | {mean} | {high} | {ratio} | {top} | {same} |")
     if args.plot:
-        draw([line for line in lines if "ratio" in line and line["candidates"]], args.plot)
+        draw([line for line in compare(common(rows)) if "ratio" in line and line["candidates"]], args.plot)
         print(f"\n{args.plot}")
     return 0
 
@@ -317,15 +327,21 @@ def draw(lines: list[dict[str, Any]], path: str) -> None:
         "effects": ("#009E73", "D"),
     }
     for axis, column in zip(axes, (2, 3), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel="candidates an image", title=f"keep {KEEP_RATES[column]:.0%}")
         for family, (colour, marker) in families.items():
             mine = [line for line in lines if line["search"].startswith(family)]
+            if not mine:
+                continue
             x, y = [line["candidates"] for line in mine], [line["ratio"][column] for line in mine]
             axis.scatter(x, y, color=colour, marker=marker, label=family, zorder=2)
             for line, at in zip(mine, zip(x, y, strict=True), strict=True):
                 name = line["search"].removeprefix(family).strip()
                 axis.annotate(name, at, xytext=(4, 4), textcoords="offset points", fontsize=7)
-        axis.set(xscale="log", yscale="log", xlabel="candidates an image", title=f"keep {KEEP_RATES[column]:.0%}")
         axis.grid(True, which="both", alpha=0.25)
+        for line in (axis.xaxis, axis.yaxis):
+            line.set_major_formatter("{x:g}")
+            line.set_minor_formatter("{x:g}")
+    figure.suptitle(f"mean over {lines[0]['photos']} photos")
     axes[0].set_ylabel("mean 1 - cosine, as a share of the paper's (one-shot r=2)")
     axes[0].legend(frameon=False)
     figure.savefig(path, dpi=130)
@@ -352,6 +368,7 @@ def main() -> int:
     showing = add("show", help="print the table and draw the picture")
     showing.set_defaults(call=show)
     showing.add_argument("results", help="Parquet file")
+    showing.add_argument("--common", action="store_true", help="only the photos that every search has")
     showing.add_argument("--plot", help="PNG file to write")
     args = parser.parse_args()
     return args.call(args)
