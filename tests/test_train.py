@@ -113,6 +113,12 @@ def test_a_stopped_training_goes_on_where_it_was_and_ends_the_same(line, undistu
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
             waiting(held, 1)
+            # Ray Train's controller hears of a checkpoint some time after the worker has written it.
+            known = out / "checkpoints" / "checkpoint_manager_snapshot.json"
+            end = time.monotonic() + 300
+            while not (known.exists() and "step-00000012" in known.read_text()):
+                assert time.monotonic() < end, "the checkpoint has not become known"
+                time.sleep(0.02)
         finally:
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         _, stderr = process.communicate(timeout=300)
