@@ -18,7 +18,6 @@ import argparse
 import fnmatch
 import functools
 import hashlib
-import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -37,6 +36,7 @@ from patchrank import baselines, classes, models, rankings, shards
 from patchrank.candidates import Candidates
 from patchrank.errors import UserError, run
 from patchrank.images import decode
+from patchrank.matching import matching_rate
 from patchrank.models import Model
 from patchrank.pairs import PairBatch
 from patchrank.ranker import Progress, class_sums
@@ -110,7 +110,7 @@ class Remembering(Candidates):
 
 def photos(uri: str, count: int) -> Iterator[shards.Sample]:
     """The readable ones among the first so many samples of a shard."""
-    return (sample for sample in itertools.islice(shards.read(uri), count) if isinstance(sample, shards.Sample))
+    return (sample for sample in shards.read(uri, count) if isinstance(sample, shards.Sample))
 
 
 def searched(folders: list[str], uris: list[str], tower: Tower, model: Model) -> dict[tuple[str, str, str], Tensor]:
@@ -123,7 +123,11 @@ def searched(folders: list[str], uris: list[str], tower: Tower, model: Model) ->
     for folder in folders:
         corpus = rankings.open(folder)
         about = corpus.settings["model"]
-        if (about["weights"], about["cut"], about["dtype"]) != (model.weights, tower.cut, dtype_name(tower)):
+        if (about["weights"], about["cut"], about["dtype"]) != (
+            model.weights,
+            tower.cut,
+            models.dtype_name(tower.dtype),
+        ):
             raise UserError(f"--rankings {folder}: of other weights, another cut ({about['cut']}) or {about['dtype']}")
         config = SearchConfig(**corpus.settings["search"])
         name = next((name for name, flags in SEARCHES.items() if SearchConfig(**flags) == config), None)
@@ -135,11 +139,6 @@ def searched(folders: list[str], uris: list[str], tower: Tower, model: Model) ->
                 shard = os.path.basename(uri)
                 found.update({(shard, key, name): row for key, row in zip(table["key"], table["ranking"], strict=True)})
     return found
-
-
-def dtype_name(tower: Tower) -> str:
-    """As search.json has it."""
-    return str(tower.dtype).removeprefix("torch.")
 
 
 def prototypes(args: argparse.Namespace, tower: Tower, model: Model) -> Tensor:
@@ -203,7 +202,7 @@ def measure(args: argparse.Namespace) -> int:
     gpu = torch.cuda.is_available()
     dtype = models.resolve_dtype(args.dtype, gpu)
     tower = Tower(model.visual, args.cut, dtype, "cuda" if gpu else "cpu", args.model)
-    about = {"model": args.model, "weights": model.weights, "dtype": dtype_name(tower)}
+    about = {"model": args.model, "weights": model.weights, "dtype": models.dtype_name(tower.dtype)}
     if any(one["weights"] != about["weights"] or one["dtype"] != about["dtype"] for one in rows):
         raise UserError(f"{args.results}: of other weights or another precision; name another file")
     uris = shards.expand(args.shards)
@@ -272,15 +271,13 @@ def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             line["ratio"] = ours / theirs
         both = sorted(found.keys() & by_search.get(DEFAULT, {}).keys())
         if both:
-            line["shared"] = np.mean([shared(found[photo], by_search[DEFAULT][photo]) for photo in both], axis=0)
+            ranking, default = (
+                torch.tensor([by_search[which][photo]["ranking"] for photo in both]) for which in (name, DEFAULT)
+            )  # both (photos, N)
+            counts = [tokens_kept(ranking.shape[1], keep) for keep in KEEP_RATES]
+            line["shared"] = [matching_rate(-ranking.argsort(dim=1), default, m).mean().item() for m in counts]
         lines.append(line)
     return lines
-
-
-def shared(one: dict[str, Any], other: dict[str, Any]) -> list[float]:
-    """Of the tokens that one ranking keeps the share that the other keeps, too, at each keep rate."""
-    counts = [tokens_kept(len(one["ranking"]), keep) for keep in KEEP_RATES]
-    return [len({*one["ranking"][:count]} & {*other["ranking"][:count]}) / count for count in counts]
 
 
 def show(args: argparse.Namespace) -> int:

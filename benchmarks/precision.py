@@ -24,6 +24,7 @@ from patchrank import models, shards
 from patchrank.candidates import without_each
 from patchrank.errors import run
 from patchrank.images import decode
+from patchrank.matching import matching_rate
 from patchrank.search import SearchConfig, Searcher, tokens_kept
 from patchrank.vit import Tower
 
@@ -79,9 +80,9 @@ def judge(tower: Tower, pixels: Tensor, rankings: dict[str, Tensor]) -> None:
         line = f"{name:9}"
         for keep in KEEP_RATES:
             count = tokens_kept(tower.num_tokens, keep)
-            kept, exact = ranking[:, :count], rankings["float32"][:, :count]
-            same = (kept[:, :, None] == exact[:, None, :]).any(dim=2).float().mean()
-            cosine = F.cosine_similarity(tower.suffix(tokens, kept.sort(dim=1).values.to(tower.device)), whole).mean()
+            same = matching_rate(-ranking.argsort(dim=1), rankings["float32"], count).mean()
+            kept = ranking[:, :count].sort(dim=1).values.to(tower.device)  # (B, count)
+            cosine = F.cosine_similarity(tower.suffix(tokens, kept), whole).mean()
             line += f"{same:>9.1%} {cosine:.4f}"
         print(line)
 

@@ -192,7 +192,7 @@ def _settings(job: EvaluationJob, found: _Setting, identity: str | None, names: 
         "model": {
             "weights": model.weights,
             "cut": tower.cut,
-            "dtype": str(tower.dtype).removeprefix("torch."),
+            "dtype": models.dtype_name(tower.dtype),
             "preprocess": dict(model.visual.preprocess_cfg),
             "logit_scale": round(model.logit_scale, 4),
         },
@@ -236,7 +236,7 @@ def _sum_up(
             "weights": model.weights,
             "cut": tower.cut,
             "grid": list(tower.grid),
-            "dtype": str(tower.dtype).removeprefix("torch."),
+            "dtype": models.dtype_name(tower.dtype),
             "preprocess": dict(model.visual.preprocess_cfg),
         },
         "class_names": names,

@@ -190,7 +190,7 @@ def _settings(
         "model": {
             "weights": model.weights,
             "cut": tower.cut,
-            "dtype": str(tower.dtype).removeprefix("torch."),
+            "dtype": models.dtype_name(tower.dtype),
             "preprocess": dict(model.visual.preprocess_cfg),
             "logit_scale": round(model.logit_scale, 4),
         },

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from patchrank import classes, predictor, prompts, storage
 from patchrank.classes import CLASSES_FILE
 from patchrank.errors import UserError
-from patchrank.models import Model, tower_digest
+from patchrank.models import Model, dtype_name, tower_digest
 from patchrank.predictor import Predictor, PredictorConfig
 from patchrank.prompts import TokensConfig, VisualTokens
 from patchrank.vit import Tower
@@ -147,7 +147,7 @@ class Bundle(
             model={
                 "name": about["name"],
                 "pretrained": None if about["pretrained"] is None else os.path.basename(about["pretrained"]),
-                "weights": {_name(dtype): tower_digest(visual, dtype) for dtype in _DTYPES},
+                "weights": {dtype_name(dtype): tower_digest(visual, dtype) for dtype in _DTYPES},
                 "cut": about["cut"],
                 "grid": list(tower.grid),
                 "blocks": len(visual.transformer.resblocks),
@@ -196,9 +196,11 @@ class Bundle(
             UserError: names the model that it is for.
         """
         dtype = visual.conv1.weight.dtype
-        there = self.model["weights"].get(_name(dtype))
+        there = self.model["weights"].get(dtype_name(dtype))
         if there is None:
-            raise UserError(f"a model in {_name(dtype)} cannot be told from others: prune it first, then convert it")
+            raise UserError(
+                f"a model in {dtype_name(dtype)} cannot be told from others: prune it first, then convert it"
+            )
         found = tower_digest(visual, dtype)
         if there != found:
             tag = f" ({self.model['pretrained']})" if self.model["pretrained"] else ""
@@ -266,7 +268,3 @@ def _table(figures: Sequence[Mapping[str, Any]]) -> str:
         cost = "" if row.get("multiply_adds") is None else f"{row['multiply_adds'] / 1e9:.2f}"
         lines.append(f"| {row['method']} | {row['keep']:g} | {row['images']} | {top1} | {row['cosine']:.4f} | {cost} |")
     return "\n".join(lines)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -169,6 +169,11 @@ def resolve_dtype(name: str, gpu: bool) -> torch.dtype:
     return dtypes[name]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that `resolve_dtype` takes, as files have it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _cpu_has_bfloat16() -> bool:
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_search import wait_for
 from tiny_task import CONFIG, Line
 
 from cluster import training_config
@@ -115,10 +116,7 @@ def test_a_stopped_training_goes_on_where_it_was_and_ends_the_same(line, undistu
             waiting(held, 1)
             # Ray Train's controller hears of a checkpoint some time after the worker has written it.
             known = out / "checkpoints" / "checkpoint_manager_snapshot.json"
-            end = time.monotonic() + 300
-            while not (known.exists() and "step-00000012" in known.read_text()):
-                assert time.monotonic() < end, "the checkpoint has not become known"
-                time.sleep(0.02)
+            wait_for(lambda: known.exists() and "step-00000012" in known.read_text())
         finally:
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         _, stderr = process.communicate(timeout=300)
