@@ -1,6 +1,6 @@
 """Make the embedded default: train the small CLIP on Fashion-MNIST, measure it, write it and the sample shards.
 
-    python -m patchrank.assets.make_assets            # train, measure, write: 64 minutes of processor time
+    python -m patchrank.assets.make_assets            # train, measure, write: 38 minutes of processor time
     python -m patchrank.assets.make_assets --check    # only measure the model that stands in the project
 
 Nothing is written unless the model, reloaded from its files, reaches a zero-shot top-1 of 85 % on the test images.
