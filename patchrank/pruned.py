@@ -202,6 +202,8 @@ def prune(
     if isinstance(keep, Mapping) and blocks is not None:
         raise UserError("keep tells the blocks already; leave out blocks")
     places = [cut] if blocks is None else sorted(blocks)
+    if not places or (isinstance(keep, Mapping) and not keep):
+        raise UserError(f"{'keep' if places else 'blocks'}: names no block before which tokens could leave")
     tokens = None if bundle is None else copy.deepcopy(bundle.tokens)
     if multiply_adds is not None:
         schedule = _schedule_for(visual, places, multiply_adds, selector, tokens, cut)
