@@ -38,7 +38,7 @@ class RankedImages:
         model: for the record of what is trained: the digest of the image tower, its cut and how it was named.
         classes: (K, E) class embeddings of the search, or None.
         test: shards without rankings whose images are measured, too.
-        measured: at most so many held-out images, and as many of each test shard.
+        measured: at most so many held-out images, and as many of the test shards together.
         features: folder where tokens before the cut are kept, or None.
     """
 
@@ -92,8 +92,9 @@ class RankedImages:
         held_out = self.pairs.held_out(EVALUATION_BATCH, rank, world, self.measured)
         yield "held-out", held_out
         if self.test:
-            mine = self.test[rank::world]
-            yield "test", pairs.unranked(mine, self.pairs.preprocess, EVALUATION_BATCH, self.measured)
+            preprocess = self.pairs.preprocess
+            test = pairs.unranked(self.test, preprocess, EVALUATION_BATCH, self.measured, rank=rank, world=world)
+            yield "test", test
 
     def record(self, before: Figures, after: Figures, reports: Sequence[dict[str, Partners]]) -> dict[str, Any]:
         """What both trainings keep beside the weights."""

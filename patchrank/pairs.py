@@ -308,11 +308,14 @@ def unranked(
     limit: int | None = None,
     threads: int = 2,
     undecodable: Callable[[str], None] = lambda key: None,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[PairBatch]:
     """The images of shards that were never ranked, once, for evaluation.
 
     Args:
-        limit: the first so many of each shard.
+        limit: the first so many, of all shards and ranks together.
+        rank, world: this process and how many there are; each takes every world-th image.
         undecodable: is told the key of every image that cannot be decoded.
 
     Raises:
@@ -322,13 +325,14 @@ def unranked(
     def rows() -> Iterator[_Pair]:
         for uri in shards:
             try:
-                for sample in read(uri, limit):
+                for sample in read(uri):
                     if isinstance(sample, Sample):
                         yield _Pair(sample.key, sample.image, sample.label, (), uri)
             except ShardError as error:
                 raise UserError(f"{uri}: {error}") from None
 
-    return _decoded(rows(), preprocess, size, threads, lambda pair: undecodable(pair.key))
+    mine = itertools.islice(rows(), rank, limit, world)
+    return _decoded(mine, preprocess, size, threads, lambda pair: undecodable(pair.key))
 
 
 def _shuffled(rows: Iterable[_Pair], size: int, rng: random.Random) -> Iterator[_Pair]:
