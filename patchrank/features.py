@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,13 +25,16 @@ from patchrank.loader import batches
 from patchrank.shards import Reject, ShardError, read
 from patchrank.vit import Tower
 
+STALE = 24 * 3600  # seconds after which a file that is still not finished is a killed run's
+
 
 class Features:
     """The tokens of the images of shards: (1 + N, D) each, in the tower's dtype, one file a shard.
 
     A shard's file is made when one of its images is first asked for, whole or not at all, so a training that is stopped
-    loses one shard's work at most. It takes N * D * 2 bytes an image in bfloat16: 300 KB for ViT-B/16 at 224 px. The
-    folder can serve several trainings, models and cuts at the same time.
+    loses one shard's work at most. It takes N * D * 2 bytes an image in bfloat16: 300 KB for ViT-B/16 at 224 px, twice
+    that on disk while it is made, and in memory a batch's. The folder can serve several trainings, models and cuts at
+    the same time.
 
     Args:
         folder: a local one, of each machine or shared.
@@ -88,25 +93,33 @@ class Features:
     @torch.no_grad()
     def _make(self, shard: str, path: str) -> None:
         keys: list[str] = []
-        parts = [torch.empty(0, 1 + self.tower.num_tokens, self.tower.width, dtype=self.tower.dtype)]
 
         def reject(_: Reject) -> None:
             pass  # whoever asks for its tokens is told
 
-        try:
-            for batch in batches(read(shard, self.limit), self.preprocess, self.size, reject):
-                keys += batch.keys
-                parts.append(self.tower.prefix(batch.pixels).cpu())  # (B, 1 + N, D)
-        except ShardError as error:
-            raise UserError(f"{shard}: {error}; --cache-features takes whole shards alone") from None
         os.makedirs(self.folder, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".tmp")
-        os.close(descriptor)
-        try:
-            save_file({"tokens": torch.cat(parts)}, temporary, {"keys": json.dumps(keys)})
-            os.replace(temporary, path)
-        except SafetensorError as error:
-            raise UserError(f"--cache-features: {path}: {storage.one_line(error)}") from None
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+        self._sweep()
+        with tempfile.TemporaryFile(dir=self.folder) as raw:
+            try:
+                for batch in batches(read(shard, self.limit), self.preprocess, self.size, reject):
+                    keys += batch.keys
+                    tokens = self.tower.prefix(batch.pixels).cpu().contiguous()  # (B, 1 + N, D)
+                    raw.write(tokens.view(torch.uint8).numpy().data)
+            except ShardError as error:
+                raise UserError(f"{shard}: {error}; --cache-features takes whole shards alone") from None
+            raw.flush()
+            dtype = self.tower.dtype
+            tokens = torch.frombuffer(mmap.mmap(raw.fileno(), 0), dtype=dtype) if keys else torch.empty(0, dtype=dtype)
+            tokens = tokens.view(len(keys), 1 + self.tower.num_tokens, self.tower.width)
+            try:
+                with storage.replacing(path) as temporary:
+                    save_file({"tokens": tokens}, temporary, {"keys": json.dumps(keys)})
+            except SafetensorError as error:
+                raise UserError(f"--cache-features: {path}: {storage.one_line(error)}") from None
+
+    def _sweep(self) -> None:
+        """Delete what killed runs left; what another process is writing is younger."""
+        for entry in os.scandir(self.folder):
+            with contextlib.suppress(OSError):  # another process sweeps, too, or it is another user's
+                if entry.name.endswith(".tmp") and entry.stat().st_mtime < time.time() - STALE:
+                    os.unlink(entry)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import tempfile
+from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -123,13 +124,23 @@ def write_atomic(uri: str, data: bytes) -> None:
         stream.write(data)
         stream.close()  # the object becomes visible here
         return
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[str]:
+    """A file of a temporary name, to be written in the block, that takes the name of a local path when the block ends.
+
+    Where the block ends with an error, nothing is left behind.
+    """
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".tmp")
+    os.close(descriptor)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())  # the rename must not reach the disk before the data
         os.chmod(temporary, 0o666 & ~_UMASK)
         os.replace(temporary, path)

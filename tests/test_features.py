@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from io import BytesIO
 from pathlib import Path
 
@@ -72,6 +74,27 @@ def test_they_are_computed_once_for_a_model_cut_and_limit(tower, shard, tmp_path
     assert ask(Tower(small_clip().visual, 3, torch.bfloat16)) == 5
     assert ask(tower) == 0
     assert not list((tmp_path / "cache").rglob(".*"))
+
+
+def test_files_can_be_shared_and_what_killed_runs_left_is_deleted(tower, shard, tmp_path):
+    features = Features(str(tmp_path / "cache"), tower, "weights", preprocess)
+    folder = Path(features.folder)
+    folder.mkdir(parents=True)
+    for name, age in (("old", 2), ("young", 0)):
+        (folder / f".{name}.tmp").touch()
+        os.utime(folder / f".{name}.tmp", (time.time() - age * 24 * 3600,) * 2)
+    features.tokens(shard, "0")
+    assert [path.name for path in folder.glob(".*")] == [".young.tmp"]
+    (path,) = folder.glob("*.safetensors")
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_shard_without_an_image_has_no_tokens(tower, tmp_path):
+    with wds.TarWriter(str(tmp_path / "bad.tar")) as writer:
+        writer.write({"__key__": "bad", "png": b"no image"})
+    features = Features(str(tmp_path / "cache"), tower, "weights", preprocess)
+    assert features.tokens(str(tmp_path / "bad.tar"), "bad") is None
 
 
 def test_a_shard_that_ends_early_is_not_kept(tower, shard, tmp_path):
