@@ -219,4 +219,10 @@ def _reason(error: BaseException, folder: str) -> BaseException:
         if died:
             cause = str(died[0]).strip().splitlines()[-1].strip()
             return UserError(f"workers died too often: {cause}; the same command goes on from the last checkpoint")
+        for cause in error.worker_failures.values():
+            if isinstance(cause, OSError):  # a bucket or a disk; other workers fail because this one has gone
+                return UserError(
+                    f"{cause.filename or folder}: a worker cannot go on ({storage.one_line(cause)}); put that right, "
+                    "and the same command goes on from the last checkpoint"
+                )
     return error

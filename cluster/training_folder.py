@@ -59,8 +59,16 @@ def finish(folder: str, before: Figures, after: Figures) -> None:
 
 
 def figures(folder: str) -> tuple[Figures, Figures] | None:
-    """The figures before and after of a finished training; None of one that is not."""
-    found = _read(storage.join(folder, FIGURES))
+    """The figures before and after of a finished training; None of one that is not.
+
+    Raises:
+        UserError: they are damaged, or cannot be read.
+    """
+    path = storage.join(folder, FIGURES)
+    try:
+        found = _read(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({storage.one_line(error)}); put that right and train again") from None
     return None if found is None else (found["before"], found["after"])
 
 
