@@ -22,8 +22,7 @@ from tqdm import tqdm
 
 from patchrank import models, shards
 from patchrank.candidates import without_each
-from patchrank.errors import run
-from patchrank.images import decode
+from patchrank.errors import UserError, run
 from patchrank.matching import matching_rate
 from patchrank.search import SearchConfig, Searcher, tokens_kept
 from patchrank.vit import Tower
@@ -41,10 +40,14 @@ def main() -> int:
     parser.add_argument("--dtypes", nargs="+", default=["float16", "bfloat16"], help="beside float32 (%(default)s)")
     parser.add_argument("--search", action="store_true", help="search for golden rankings in each, too")
     args = parser.parse_args()
+    if args.photos < 1:
+        raise UserError(f"--photos {args.photos}: must be at least 1")
     model = models.load(args.model, args.pretrained)
     preprocess = model.preprocess()
-    samples = (sample for sample in shards.read(args.shard) if isinstance(sample, shards.Sample))
-    pixels = torch.stack([preprocess(decode(sample.image)) for sample in itertools.islice(samples, args.photos)])
+    photos = [preprocess(photo) for _, photo in itertools.islice(shards.photos(args.shard), args.photos)]
+    if not photos:
+        raise UserError(f"--shard {args.shard}: holds no image that can be decoded")
+    pixels = torch.stack(photos)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found, rankings = {}, {}
     with torch.inference_mode():

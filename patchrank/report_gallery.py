@@ -243,13 +243,18 @@ def _picture(pixels: np.ndarray) -> tuple[str, tuple[int, int]]:
 
 
 def heat(ranking: np.ndarray, grid: tuple[int, int]) -> str:
-    """A data URI of the golden ranking, a pixel a patch: dark is of no use, bright most useful."""
+    """A data URI of `heat_map`."""
+    return data_uri(heat_map(ranking, grid), "png")
+
+
+def heat_map(ranking: np.ndarray, grid: tuple[int, int]) -> Image.Image:
+    """A picture of the golden ranking, a pixel a patch: dark is of no use, bright most useful."""
     place = np.empty(len(ranking))
     place[ranking] = np.linspace(1, 0, len(ranking))
     colours = np.array(SCALE, dtype=float)
     points = np.linspace(0, 1, len(colours))
     pixels = np.stack([np.interp(place, points, colours[:, channel]) for channel in range(3)], axis=-1)
-    return data_uri(Image.fromarray(pixels.round().astype(np.uint8).reshape(*grid, 3)), "png")
+    return Image.fromarray(pixels.round().astype(np.uint8).reshape(*grid, 3))
 
 
 def veil(kept: Sequence[int], grid: tuple[int, int]) -> str:

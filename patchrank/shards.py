@@ -18,12 +18,13 @@ from typing import BinaryIO, Self, cast
 from urllib.parse import urlsplit
 
 from braceexpand import braceexpand
+from PIL import Image
 from pyarrow import fs
 from webdataset.tariterators import base_plus_ext
 
 from patchrank import storage
 from patchrank.errors import UserError
-from patchrank.images import max_bytes
+from patchrank.images import decode, max_bytes
 from patchrank.storage import one_line
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -133,6 +134,24 @@ def read(uri: str, limit: int | None = None) -> Iterator[Sample | Reject]:
             if isinstance(sample, Sample):
                 seen.add(key)
             yield sample
+
+
+def photos(uri: str) -> Iterator[tuple[str, Image.Image]]:
+    """Key and decoded image of each sample of a shard that can be used, for scripts that look at a few.
+
+    Raises:
+        UserError: the shard cannot be read (any further).
+    """
+    try:
+        for sample in read(uri):
+            if isinstance(sample, Sample):
+                try:
+                    image = decode(sample.image)
+                except ValueError:
+                    continue
+                yield sample.key, image
+    except ShardError as error:
+        raise UserError(f"{uri}: {error}") from None
 
 
 def _expand(spec: str, lists: tuple[str, ...]) -> Iterator[str]:

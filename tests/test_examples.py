@@ -1,4 +1,4 @@
-"""The examples, as they stand, on small data."""
+"""The examples and other small scripts, as they stand, on small data."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ import sys
 from pathlib import Path
 
 import made_up
+import pytest
 
-from patchrank import rankings
+from patchrank import assets, rankings
 
 ROOT = Path(__file__).parent.parent
 
 
-def run(*arguments):
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=600, check=True
+def start(*arguments):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
     )
+
+
+def run(*arguments):
+    done = start(*arguments)
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 
@@ -33,3 +39,29 @@ def test_ask_the_corpus(tmp_path):
     assert printed[0] == "30 images, 4 x 5 patches"
     shares = [int(share) for line in printed[3:7] for share in line.split()]
     assert len(shares) == 20 and abs(sum(shares) - 200) <= 10  # a tenth of 20 tokens is 2; rounded shares
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["examples/prune_my_clip.py", "--how", "{tmp}/bundle"], "bundle: no such folder"),
+        (["examples/prune_my_clip.py", "--images", "{tmp}", "--classes", "cat"], "{tmp}/a.jpg: not an image"),
+        (["examples/prune_my_clip.py", "--images", "{tmp}"], "--images and --classes: give both"),
+        (["examples/prune_my_clip.py", "--model", "nope"], "--model nope"),
+        (["examples/ask_the_corpus.py", "{tmp}/nope"], "{tmp}/nope: no such folder"),
+        (["examples/search_my_shards.py", "{tmp}/nope"], "{tmp}/nope: no such folder"),
+        (["benchmarks/precision.py", "--model", assets.MODEL, "--shard", "nope.tar"], "nope.tar: No such file"),
+        (["docs/picture.py", "{tmp}/nope", "{tmp}/x.png"], "{tmp}/nope: no such folder"),
+        (["docs/picture.py", "{tmp}/rankings", "{tmp}/x.png"], "{tmp}/shard.tar: No such file"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, arguments, words):
+    (tmp_path / "a.jpg").write_bytes(b"no image")
+    uri, folder = str(tmp_path / "shard.tar"), str(tmp_path / "rankings")
+    table = made_up.images(uri, 3).table()
+    rankings.write(folder, uri, table, [], rankings.prepare(folder, made_up.settings()))
+    done = start(*(argument.format(tmp=tmp_path) for argument in arguments))
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert words.format(tmp=tmp_path) in done.stderr
+    assert not (tmp_path / "x.png").exists()
