@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import Attention, LayerNormFp32, VisionTransformer
+from open_clip.transformer import Attention, LayerNormFp32, QuickGELU, VisionTransformer
 from torch import Tensor, nn
 
 from patchrank.errors import UserError
+
+QUICK_GELU = 1.702  # QuickGELU(x) = x sigmoid(1.702 x)
 
 
 def check_tower(visual: nn.Module, name: str = "this model") -> None:
@@ -80,7 +82,10 @@ class Tower(nn.Module):
             raise UserError(f"{name} has {blocks} blocks: the cut must be 0 to {blocks - 1}, not {cut}")
         self.cut = cut
         self.dtype = dtype
-        self.visual = copy.deepcopy(visual).eval().requires_grad_(False).to(device=device, dtype=dtype)
+        self.visual = copy.deepcopy(visual).eval().requires_grad_(False)
+        for block in self.visual.transformer.resblocks:
+            fuse_quick_gelu(block.mlp)
+        self.visual.to(device=device, dtype=dtype)
         for module in self.visual.modules():
             if isinstance(module, LayerNormFp32):  # casts its input to float32, and so needs float32 weights
                 module.float()
@@ -181,6 +186,20 @@ def block_multiply_adds(visual: Any, n: int, class_token_only: bool = False) -> 
     if class_token_only:  # keys and values of all tokens, the rest of the class token alone
         return 2 * d * d * n + 2 * d * d + 2 * n * d + 2 * d * hidden
     return (4 * d * d + 2 * d * hidden) * n + 2 * n * n * d
+
+
+def fuse_quick_gelu(mlp: Any) -> None:
+    """Make an MLP with QuickGELU, as OpenAI's weights have it, one with SiLU that computes the same.
+
+    QuickGELU, x sigmoid(1.702 x), is three passes over the widest activation; SiLU, x sigmoid(x), is one. The factor
+    goes into the weights before it and out of those after it, unless a norm stands between.
+    """
+    if isinstance(mlp.gelu, QuickGELU) and isinstance(getattr(mlp, "ln", _IDENTITY), nn.Identity):
+        with torch.no_grad():
+            mlp.c_fc.weight *= QUICK_GELU
+            mlp.c_fc.bias *= QUICK_GELU
+            mlp.c_proj.weight /= QUICK_GELU
+        mlp.gelu = nn.SiLU(inplace=True)
 
 
 def run_block(block: Any, x: Tensor, class_token_only: bool = False) -> Tensor:

@@ -23,11 +23,11 @@ def pytest_configure():
 def small_clip():
     """A function that builds a small open_clip model with random weights, 4 blocks, a grid of 4 x 5 tokens."""
 
-    def build(dtype=torch.float32, seed=0, **vision):
+    def build(dtype=torch.float32, seed=0, quick_gelu=False, **vision):
         torch.manual_seed(seed)
         config = {"layers": 4, "width": 32, "head_width": 8, "patch_size": 4, "image_size": (16, 20), **vision}
         text = CLIPTextCfg(context_length=8, width=16, heads=2, layers=1)
-        model = open_clip.CLIP(embed_dim=24, vision_cfg=CLIPVisionCfg(**config), text_cfg=text)
+        model = open_clip.CLIP(24, CLIPVisionCfg(**config), text, quick_gelu=quick_gelu)
         for parameter in model.visual.parameters():  # layer norms and biases start at 1 and 0: a swap would go unseen
             parameter.data += 0.1 * torch.randn_like(parameter)
         return model.eval().requires_grad_(False).to(dtype)

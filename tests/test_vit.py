@@ -55,8 +55,9 @@ def test_equals_encode_image(name):
     ],
     ids=lambda vision: "+".join(vision) or "plain",
 )
-def test_equals_encode_image_for_every_kind_of_block(small_clip, vision, cut):
-    assert_same(small_clip(**vision), cut)
+@pytest.mark.parametrize("quick_gelu", [False, True], ids=["gelu", "quick_gelu"])
+def test_equals_encode_image_for_every_kind_of_block(small_clip, vision, cut, quick_gelu):
+    assert_same(small_clip(quick_gelu=quick_gelu, **vision), cut)
 
 
 def test_the_order_of_kept_tokens_does_not_matter_and_their_choice_does(small_clip):
