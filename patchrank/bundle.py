@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 from safetensors import SafetensorError
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from patchrank import classes, predictor, prompts, storage
@@ -248,11 +250,15 @@ class Bundle(
         raise UserError("holds no model.safetensors")
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """As the mixin's; an old card of ours gives way, for its figures are those of another bundle."""
+        """Write the weights whole or not at all; the mixin writes the config, without which this is no bundle, after.
+
+        An old card of ours gives way, for its figures are those of another bundle.
+        """
         card = save_directory / "README.md"
         if card.exists() and "library_name: patchrank" in card.read_text(errors="replace"):
             card.unlink()
-        super()._save_pretrained(save_directory)
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        storage.write_atomic(str(save_directory / SAFETENSORS_SINGLE_FILE), save(weights, {"format": "pt"}))
 
 
 def _table(figures: Sequence[Mapping[str, Any]]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
@@ -59,6 +61,7 @@ def test_a_bundle_comes_back_as_it_was_and_prunes_as_before(trained, clip, tmp_p
     bundle = Bundle.from_training(model, str(folder / "predictor"), tokens and str(folder / tokens))
     bundle.with_figures(FIGURES).save_pretrained(tmp_path / "bundle")
     assert {path.name for path in (tmp_path / "bundle").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert len({path.stat().st_mode for path in (tmp_path / "bundle").iterdir()}) == 1  # whoever reads one reads all
 
     again = Bundle.from_pretrained(str(tmp_path / "bundle"))
     assert again.state_dict().keys() == bundle.state_dict().keys()
@@ -72,6 +75,22 @@ def test_a_bundle_comes_back_as_it_was_and_prunes_as_before(trained, clip, tmp_p
     for how in (tmp_path / "bundle", str(tmp_path / "bundle"), again):
         torch.testing.assert_close(patchrank.prune(clip, how, keep=0.5).encode_image(images), expected)
     assert patchrank.prune(clip, again).visual.schedule == {1: 18}  # what it was made for
+
+
+def test_a_bundle_that_could_not_be_written_is_none(trained, tmp_path, monkeypatch):
+    folder, model = trained
+    bundle = Bundle.from_training(model, str(folder / "predictor"))
+    bundle.save_pretrained(tmp_path / "bundle")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="full"):
+        bundle.save_pretrained(tmp_path / "bundle")
+    assert not [path for path in (tmp_path / "bundle").iterdir() if path.suffix == ".tmp"]
+    with pytest.raises(UserError, match="holds no bundle"):
+        Bundle.open(str(tmp_path / "bundle"))
 
 
 def test_the_model_card_tells_how_to_use_it_and_how_good_it_is(trained, tmp_path):
