@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import ray
 
 from cluster.actor import Plan, RankingActor, Shared, Timing
+from cluster.class_source import usable
 from cluster.places import Places, connected
 from cluster.pool import Failed, Pool
-from cluster.rank import SearchJob, images_per_batch
+from cluster.rank import SearchJob, images_per_batch, settings
 from patchrank import models, rankings, shards, storage
 from patchrank.errors import UserError
 from patchrank.estimate import bytes_per_image, multiply_adds
@@ -59,16 +60,20 @@ def estimate(job: SearchJob) -> Estimate:
     The timing leaves out class probabilities, and reading and decoding, which go on beside a GPU's work.
 
     Raises:
-        UserError: bad input, or a sampled shard that cannot be read.
+        UserError: bad input, a folder of another search, or a sampled shard that cannot be read.
     """
     uris = shards.expand(job.shards)
     model = models.load(job.model, job.pretrained)
     folder = storage.absolute(job.out)
-    done = rankings.finished(folder, uris) if storage.exists(folder) else set()
+    with usable(folder):
+        found = rankings.read_search(folder)
+        done = rankings.finished(folder, uris) if found else set()
     todo = [uri for uri in uris if uri not in done]
     flags = (job.address, job.actors, job.cpus_per_actor, job.gpus_per_actor)
     with connected(*flags, shards=len(uris)) as places:
         tower = Tower(model.visual, job.cut, models.resolve_dtype(job.dtype, places.gpu), name=job.model)
+        if found:  # classes apart, which would take time to make
+            rankings.check_same(folder, found["settings"] | {"classes": None}, settings(job, model, tower, None, None))
         config = replace(job.config, score="preservation")
         searcher = Searcher(tower, config, keep_rates=job.keep_rates)
         actors = min(places.actors, len(todo))
@@ -88,10 +93,10 @@ def estimate(job: SearchJob) -> Estimate:
         if todo:
             pool = Pool(RankingActor, shared, actors, places.cpus, places.gpus, (), places.room)
             sample = todo[:: math.ceil(len(todo) / SAMPLED_SHARDS)]
-            for uri, found in pool.run("estimate", sample, ray.put(plan), SECONDS):
-                if isinstance(found, Failed):
-                    raise UserError(f"{uri}: {found.reason}")
-                timings.append(found)
+            for uri, timing in pool.run("estimate", sample, ray.put(plan), SECONDS):
+                if isinstance(timing, Failed):
+                    raise UserError(f"{uri}: {timing.reason}")
+                timings.append(timing)
     return _sum(job, searcher, places, len(uris), len(todo), timings)
 
 

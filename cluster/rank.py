@@ -99,7 +99,8 @@ def search(job: SearchJob) -> SearchSummary:
     names = classes.read_names(job.class_names) if job.class_names else None
     model = models.load(job.model, job.pretrained)
     folder = storage.absolute(job.out)
-    identity, known = class_source(job, model, folder, names, prototypes)
+    with usable(folder):
+        identity, known = class_source(job, model, folder, names, prototypes)
     names = known.names if known else names if identity else None
     flags = (job.address, job.actors, job.cpus_per_actor, job.gpus_per_actor)
     with connected(*flags, shards=len(uris)) as places, usable(folder):
@@ -107,7 +108,7 @@ def search(job: SearchJob) -> SearchSummary:
         anything = torch.zeros(1, tower.embed_dim) if identity else None
         # Refuses what does not fit, before anything is written.
         Searcher(tower, job.config, anything, keep_rates=job.keep_rates)
-        fingerprint = rankings.prepare(folder, _settings(job, model, tower, identity, names))
+        fingerprint = rankings.prepare(folder, settings(job, model, tower, identity, names))
         done = rankings.finished(folder, uris)
         status.write_shards(folder, uris)
         todo = [uri for uri in uris if uri not in done]
@@ -182,18 +183,12 @@ def work_through(
         summary.failures[uri] = "was ranked, but its table has since been taken out of the folder"
 
 
-def _settings(
+def settings(
     job: SearchJob, model: Model, tower: Tower, identity: str | None, names: list[str] | None
 ) -> dict[str, Any]:
     """What decides the rankings, and under "about" what does not."""
     return {
-        "model": {
-            "weights": model.weights,
-            "cut": tower.cut,
-            "dtype": models.dtype_name(tower.dtype),
-            "preprocess": dict(model.visual.preprocess_cfg),
-            "logit_scale": round(model.logit_scale, 4),
-        },
+        "model": model_settings(model, tower),
         "grid": list(tower.grid),
         "search": asdict(job.config),
         "keep_rates": list(job.keep_rates),
@@ -201,4 +196,15 @@ def _settings(
         "limit": job.limit,
         "max_pixels": job.max_pixels,
         "about": {"model": job.model, "pretrained": job.pretrained, "class_names": names, "patchrank": __version__},
+    }
+
+
+def model_settings(model: Model, tower: Tower) -> dict[str, Any]:
+    """What of the model decides a job's tables."""
+    return {
+        "weights": model.weights,
+        "cut": tower.cut,
+        "dtype": models.dtype_name(tower.dtype),
+        "preprocess": dict(model.visual.preprocess_cfg),
+        "logit_scale": round(model.logit_scale, 4),
     }

@@ -48,6 +48,7 @@ _REPEATED = (
 _PRUNED = pa.struct(
     [("keep", pa.float64()), ("prediction", pa.int32()), ("confidence", pa.float32()), ("cosine", pa.float32())]
 )
+_ADVICE = "give another --out, or delete the folder"
 
 
 def open(path: str) -> Rankings:
@@ -232,16 +233,12 @@ def prepare(folder: str, settings: Mapping[str, Any], kind: str = "search") -> s
         UserError: the folder holds another search, or rankings without a search.json, or cannot be written.
     """
     digest = fingerprint(settings)
-    advice = "give another --out, or delete the folder"
     try:
         found = read_search(folder, kind)
         if found is not None:
-            different = differences(found["settings"], settings)
-            if different:
-                more = f", and {len(different) - 2} more" if len(different) > 2 else ""
-                raise UserError(f"{folder}: holds another {kind} ({', '.join(different[:2])}{more}); {advice}")
+            check_same(folder, found["settings"], settings, kind)
         elif parquet_files(folder):
-            raise UserError(f"{folder}: holds Parquet files, but no {kind}.json that says of what {kind}; {advice}")
+            raise UserError(f"{folder}: holds Parquet files, but no {kind}.json that says of what {kind}; {_ADVICE}")
         else:
             content = {"format": VERSION, "fingerprint": digest, "settings": settings}
             storage.write_atomic(storage.join(folder, f"{kind}.json"), json.dumps(content, indent=2).encode() + b"\n")
@@ -252,6 +249,14 @@ def prepare(folder: str, settings: Mapping[str, Any], kind: str = "search") -> s
     except OSError as error:
         raise UserError(f"{folder}: cannot be used ({storage.one_line(error)}); give another --out") from None
     return digest
+
+
+def check_same(folder: str, there: Mapping[str, Any], settings: Mapping[str, Any], kind: str = "search") -> None:
+    """Raises UserError where the settings of the search that a folder holds are others."""
+    different = differences(there, settings)
+    if different:
+        more = f", and {len(different) - 2} more" if len(different) > 2 else ""
+        raise UserError(f"{folder}: holds another {kind} ({', '.join(different[:2])}{more}); {_ADVICE}")
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -305,8 +310,16 @@ def failures(folder: str) -> list[dict[str, str]]:
     """The recorded failures, as {"shard", "error"}, sorted by shard."""
     place = storage.join(folder, "failed")
     names = [info.base_name for info in storage.files(place) if info.base_name.endswith(".json")]
-    records = [json.loads(storage.read_bytes(storage.join(place, name))) for name in names]
-    return sorted(records, key=lambda record: record["shard"])
+    return sorted((_failure(place, name) for name in names), key=lambda record: record["shard"])
+
+
+def _failure(place: str, name: str) -> dict[str, str]:
+    """One record; one that is damaged, such as the empty object that a dying upload can leave, still is a failure."""
+    try:
+        record = json.loads(storage.read_bytes(storage.join(place, name)))
+        return {"shard": str(record["shard"]), "error": str(record["error"])}
+    except (ValueError, LookupError, TypeError):
+        return {"shard": name.removesuffix(".json"), "error": f"failed, and its record failed/{name} is damaged"}
 
 
 def _failure_name(shard: str) -> str:

@@ -109,6 +109,19 @@ def test_finished_shards_cost_nothing(data, undisturbed, address):
     assert sorted(path.name for path in undisturbed.rglob("*")) == before
 
 
+def test_a_folder_of_another_search_is_refused(data, undisturbed, address):
+    told = search_here(data, undisturbed, "--estimate", "--cut", "2", address=address)
+    assert told.returncode != 0
+    assert "holds another search (model.cut: 1 there, 2 now)" in told.stderr and "Traceback" not in told.stderr
+
+
+def test_a_folder_that_cannot_be_used_is_refused_in_one_line(data, address, tmp_path):
+    for flags in ([], ["--estimate"]):
+        told = search_here(data, tmp_path / ("x" * 300), *flags, address=address)
+        assert told.returncode != 0
+        assert "File name too long" in told.stderr and "Traceback" not in told.stderr
+
+
 def test_a_shard_that_cannot_be_read_is_named(data, address, tmp_path):
     (tmp_path / "broken.tar").write_bytes(b"no tar at all" * 100)
     told = search_here(data, tmp_path / "out", "--estimate", shards=tmp_path / "broken.tar", address=address)

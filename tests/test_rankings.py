@@ -295,6 +295,16 @@ def test_finished_shards_are_listed_and_not_opened(tmp_path):
     assert rankings.failures(folder) == [{"shard": shard, "error": "cut short"} for shard in shards[1:3]]
 
 
+def test_a_damaged_failure_record_still_tells_of_a_failure(tmp_path):
+    rankings.record_failure(str(tmp_path), "/data/a.tar", "cut short")
+    (tmp_path / "failed" / "b-01234567.json").touch()
+    (tmp_path / "failed" / "c-01234567.json").write_text('{"shard": 1}')
+    first, second, third = rankings.failures(str(tmp_path))
+    assert first == {"shard": "/data/a.tar", "error": "cut short"}
+    for record, name in ((second, "b-01234567"), (third, "c-01234567")):
+        assert record["shard"] == name and f"failed/{name}.json is damaged" in record["error"]
+
+
 def test_open_says_what_is_missing(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such folder"):
         rankings.open(str(tmp_path / "nowhere"))
