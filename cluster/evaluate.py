@@ -19,8 +19,8 @@ from cluster.class_source import class_source, classes_of, settle, usable
 from cluster.evaluation_actor import EvaluationActor, EvaluationPlan, LatencyPlan
 from cluster.places import connected
 from cluster.pool import Failed, Pool
-from cluster.rank import Summary, work_through
-from patchrank import __version__, classes, evaluate, figures, models, pairs, rankings, shards, status, storage
+from cluster.rank import Summary, model_settings, work_through
+from patchrank import __version__, classes, evaluate, figures, models, pairs, rankings, shards, storage
 from patchrank.bundle import Bundle
 from patchrank.comparison import UNPRUNED
 from patchrank.corpus import Rankings
@@ -109,14 +109,14 @@ def run(job: EvaluationJob) -> EvaluationSummary:
         identity, known = classes_of(corpus)
         names = corpus.class_names
     else:
-        identity, known = class_source(job, model, folder, names, prototypes)
+        with usable(folder):
+            identity, known = class_source(job, model, folder, names, prototypes)
         names = known.names if known else names if identity else None
     flags = (job.address, job.actors, job.cpus_per_actor, job.gpus_per_actor)
     with connected(*flags, shards=len(uris)) as places, usable(folder):
         found = _setting(job, model, corpus, models.resolve_dtype(job.dtype, places.gpu))
         fingerprint = rankings.prepare(folder, _settings(job, found, identity, names), KIND)
         done = rankings.finished(folder, uris)
-        status.write_shards(folder, uris)
         todo = [uri for uri in uris if uri not in done]
         summary = EvaluationSummary(folder, len(uris), len(done))
         start = time.monotonic()
@@ -141,7 +141,11 @@ def run(job: EvaluationJob) -> EvaluationSummary:
         )
         work_through(pool, "evaluate", KIND, ray.put(plan), todo, summary, job.limit)
         summary.seconds = time.monotonic() - start
-        summary.content = _sum_up(job, found, names, uris, folder, pool)
+        tables = figures.tables(folder, uris)
+        if not tables:
+            shard, reason = min(summary.failures.items())
+            raise UserError(f"{shard}: {reason}" + ("; no other shard has a table either" if len(uris) > 1 else ""))
+        summary.content = _sum_up(job, found, names, uris, tables, folder, pool)
         figures.write(folder, summary.content)
     if job.save_bundle and found.bundle is not None:
         own = (UNPRUNED, evaluate.PREDICTOR, evaluate.TOKENS)
@@ -189,13 +193,7 @@ def _settings(job: EvaluationJob, found: _Setting, identity: str | None, names: 
     """What decides the tables, and under "about" what does not."""
     model, tower, corpus = found.model, found.tower, found.corpus
     return {
-        "model": {
-            "weights": model.weights,
-            "cut": tower.cut,
-            "dtype": models.dtype_name(tower.dtype),
-            "preprocess": dict(model.visual.preprocess_cfg),
-            "logit_scale": round(model.logit_scale, 4),
-        },
+        "model": model_settings(model, tower),
         "grid": list(tower.grid),
         "methods": found.methods,
         "keep_rates": list(job.keep_rates),
@@ -211,11 +209,17 @@ def _settings(job: EvaluationJob, found: _Setting, identity: str | None, names: 
 
 
 def _sum_up(
-    job: EvaluationJob, found: _Setting, names: list[str] | None, uris: list[str], folder: str, pool: Pool
+    job: EvaluationJob,
+    found: _Setting,
+    names: list[str] | None,
+    uris: list[str],
+    tables: list[str],
+    folder: str,
+    pool: Pool,
 ) -> dict[str, Any]:
-    """The content of figures.json."""
+    """The content of figures.json: of the job's shards alone, whatever others have tables in the folder."""
     tower, model = found.tower, found.model
-    rows = figures.figures(folder, found.methods)
+    rows = figures.figures(folder, tables, found.methods)
     cost = _costs(found)
     for row in rows:
         row["multiply_adds"], row["counted"] = cost(row["method"], row["keep"])
@@ -245,9 +249,9 @@ def _sum_up(
         "device": device,
         "images": rows[0]["images"],
         "figures": rows,
-        "classes": figures.by_class(folder, names),
+        "classes": figures.by_class(folder, tables, names),
         "latency": latency,
-        "retrieval": figures.retrieval(folder, encode) if model.has_text else [],
+        "retrieval": figures.retrieval(folder, tables, encode) if model.has_text else [],
     }
 
 

@@ -30,6 +30,13 @@ def add_machines(parser: argparse.ArgumentParser, verb: str) -> argparse._Argume
     return group
 
 
+def check_machines(args: argparse.Namespace, counts: Sequence[str]) -> None:
+    """Raises UserError for flags of actors that make no sense, or another number of `counts` below 1."""
+    check_positive(args, (*counts, "actors", "cpus_per_actor", "images_per_batch"))
+    if args.gpus_per_actor is not None and args.gpus_per_actor < 0:
+        raise UserError(f"--gpus-per-actor {args.gpus_per_actor}: must be at least 0")
+
+
 def check_positive(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Raises UserError for the first flag of these that is given and below 1."""
     for name in names:

@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
 
 def job(args: argparse.Namespace) -> EvaluationJob:
     """The job that the flags describe. Raises UserError for flags that do not go together."""
-    job_flags.check_positive(args, ("limit", "max_pixels", "actors", "cpus_per_actor", "images_per_batch"))
+    job_flags.check_machines(args, ("limit", "max_pixels"))
     if any(size < 1 for size in args.batch_sizes):
         raise UserError(f"--batch-sizes {min(args.batch_sizes)}: must be at least 1")
     if not 0 < args.held_out <= 1:
@@ -75,6 +75,8 @@ def job(args: argparse.Namespace) -> EvaluationJob:
         raise UserError("--bundle and --predictor exclude each other: choose one")
     if args.save_bundle and not (args.predictor or args.bundle):
         raise UserError("--save-bundle needs --predictor: a bundle is what training left")
+    if args.save_bundle and "://" in args.save_bundle:
+        raise UserError(f"--save-bundle {args.save_bundle}: must be a folder of this machine")
     folder = args.rankings or (None if args.shards else "test-rankings")
     model, pretrained, uris = args.model, args.pretrained, args.shards
     if folder is not None:
@@ -88,6 +90,8 @@ def job(args: argparse.Namespace) -> EvaluationJob:
     if model is None:
         raise UserError("--shards needs --model: an open_clip name, or embedded for the model in this project")
     embedded = model in ("embedded", assets.MODEL)
+    if embedded and pretrained:
+        raise UserError("--pretrained needs --model, an open_clip name")
     own_classes = args.classes or args.class_embeddings or args.prototypes or folder or not embedded
     return EvaluationJob(
         shards=uris,

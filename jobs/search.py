@@ -69,10 +69,7 @@ def job(args: argparse.Namespace) -> SearchJob:
         raise UserError("--model needs --shards: which images should it rank?")
     if args.pretrained and (embedded or not args.model):
         raise UserError("--pretrained needs --model, an open_clip name")
-    if args.gpus_per_actor is not None and args.gpus_per_actor < 0:
-        raise UserError(f"--gpus-per-actor {args.gpus_per_actor}: must be at least 0")
-    counts = ("limit", "max_pixels", "actors", "cpus_per_actor", "images_per_batch", "candidates_per_batch")
-    job_flags.check_positive(args, counts)
+    job_flags.check_machines(args, ("limit", "max_pixels", "candidates_per_batch"))
     try:
         rescore = None if args.rescore == "all" else int(args.rescore)
     except ValueError:

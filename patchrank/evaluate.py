@@ -201,16 +201,22 @@ class ShardEvaluator:
         num_classes = None if self.classes is None else len(self.classes)
         samples = self._wanted(checked(shards.read(shard, self.limit), num_classes, False), golden, captions)
         tables, error = [self._rows(shard, [], [], [], [])], None
+        overflows: list[Reject] = []  # apart: the thread that reads ahead adds to the others at any time
         try:
             made = batches(samples, self.preprocess, self.batch, reject, self.threads)
             for batch in ahead(made, pin=self.tower.device.type == "cuda"):
                 progress.seconds["decode"] += batch.decode_seconds
                 with progress.timed("search"):
-                    tables.append(self._batch(shard, batch, golden, [captions.pop(key) for key in batch.keys]))
-                progress.images += len(batch.keys)
+                    texts = [captions.pop(key) for key in batch.keys]
+                    table, finite = self._batch(shard, batch, golden, texts)
+                tables.append(table)
+                progress.images += sum(finite)
+                reason = f"a pruned image's embedding overflows in {self.tower.dtype}; use --dtype float32"
+                overflows += [Reject(key, reason) for key, good in zip(batch.keys, finite, strict=True) if not good]
         except ShardError as damage:
             error = str(damage)
-        return ShardResult(pa.concat_tables(tables), rejects, error)
+        progress.rejects = len(rejects) + len(overflows)
+        return ShardResult(pa.concat_tables(tables), rejects + overflows, error)
 
     def _golden(self, shard: str) -> dict[str, tuple[Tensor, Tensor]] | None:
         """Ranking and score, (N,) each, by key."""
@@ -241,14 +247,17 @@ class ShardEvaluator:
         batch: Batch,
         golden: Mapping[str, tuple[Tensor, Tensor]] | None,
         captions: list[tuple[str, ...]],
-    ) -> pa.Table:
+    ) -> tuple[pa.Table, list[bool]]:
+        """The rows of the images all of whose embeddings are finite, and which of the batch those are."""
         ranking = score = None
         if golden is not None:
             ranking, score = (torch.stack([golden[key][which] for key in batch.keys]) for which in (0, 1))  # (B, N)
         labels = torch.tensor([-1 if label is None else label for label in batch.labels])  # (B,)
         pair = PairBatch(batch.keys, batch.pixels, labels, ranking, score)
         found = list(prune_batch(self.tower, self.methods, list(self.counts), pair))
-        return self._rows(shard, batch.keys, batch.labels, found, captions, ranking)
+        finite = torch.stack([cell.embeddings.isfinite().all(dim=1) for cell in found]).all(dim=0).cpu()  # (B,)
+        rows = self._rows(shard, batch.keys, batch.labels, found, captions, ranking)
+        return rows.filter(pa.array(finite.repeat(len(found)).numpy())), finite.tolist()
 
     def _rows(
         self,

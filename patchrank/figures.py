@@ -13,7 +13,7 @@ import pyarrow.dataset as ds
 
 from patchrank import storage
 from patchrank.comparison import UNPRUNED
-from patchrank.corpus import parquet_files
+from patchrank.corpus import file_name, parquet_files
 from patchrank.errors import UserError
 
 FILE = "figures.json"
@@ -35,33 +35,40 @@ _CLASSES = """
 """
 
 
-def figures(folder: str, order: Sequence[str]) -> list[dict[str, Any]]:
+def tables(folder: str, shards: Sequence[str]) -> list[str]:
+    """Base names of the tables that an evaluation's folder, local, s3:// or gs://, has of these shards."""
+    there = set(parquet_files(folder))
+    return [name for name in map(file_name, shards) if name in there]
+
+
+def figures(folder: str, names: Sequence[str], order: Sequence[str]) -> list[dict[str, Any]]:
     """By method and keep rate: images, labelled, top1, top5, cosine and matching; None where there is nothing to tell.
 
     Args:
-        folder: of an evaluation, local, s3:// or gs://.
+        folder: of an evaluation.
+        names: of the tables to sum up, one at least.
         order: of the methods.
 
     Raises:
-        UserError: it holds no rows.
+        UserError: they hold no rows, or cannot be read.
     """
-    rows = _query(folder, _FIGURES)
+    rows = _query(folder, names, _FIGURES)
     if not rows:
         raise UserError(f"{folder}: no image was evaluated; its rejects say why")
     place = {name: number for number, name in enumerate([UNPRUNED, *order])}
     return sorted(rows, key=lambda row: (place.get(row["method"], len(place)), -row["keep"]))
 
 
-def by_class(folder: str, names: Sequence[str] | None) -> list[dict[str, Any]]:
+def by_class(folder: str, names: Sequence[str], class_names: Sequence[str] | None) -> list[dict[str, Any]]:
     """By label, method and keep rate: name, images and top1, of the labelled images that were classified."""
-    known = names or []
+    known = class_names or []
     return [
         row | {"name": known[row["label"]] if 0 <= row["label"] < len(known) else str(row["label"])}
-        for row in _query(folder, _CLASSES)
+        for row in _query(folder, names, _CLASSES)
     ]
 
 
-def retrieval(folder: str, encode: Callable[[list[str]], np.ndarray]) -> list[dict[str, Any]]:
+def retrieval(folder: str, names: Sequence[str], encode: Callable[[list[str]], np.ndarray]) -> list[dict[str, Any]]:
     """Recall at 1, 5 and 10 from images to captions and back, by method and keep rate; nothing without captions.
 
     From image to text any of the image's own captions counts; from text to image, the image it is of.
@@ -69,7 +76,7 @@ def retrieval(folder: str, encode: Callable[[list[str]], np.ndarray]) -> list[di
     Args:
         encode: M captions -> (M, E) float32, normalised.
     """
-    data = _dataset(folder)
+    data = _dataset(folder, names)
     captioned = ds.field("captions").is_valid()
     whole = data.to_table(["shard", "key", "captions"], filter=captioned & (ds.field("method") == UNPRUNED))
     if not len(whole):
@@ -124,18 +131,15 @@ def _recall(
     return {str(k): count / len(queries) for k, count in found.items()}
 
 
-def _query(folder: str, sql: str) -> list[dict[str, Any]]:
+def _query(folder: str, names: Sequence[str], sql: str) -> list[dict[str, Any]]:
     import duckdb
 
     with duckdb.connect() as connection:
-        connection.register("evaluation", _dataset(folder))
+        connection.register("evaluation", _dataset(folder, names))
         return connection.sql(sql).to_arrow_table().to_pylist()
 
 
-def _dataset(folder: str) -> ds.Dataset:
-    names = parquet_files(folder)
-    if not names:
-        raise UserError(f"{folder}: holds no evaluation yet")
+def _dataset(folder: str, names: Sequence[str]) -> ds.Dataset:
     resolved = [storage.resolve(storage.join(folder, name)) for name in names]
     try:
         return ds.dataset([path for _, path in resolved], filesystem=resolved[0][0], format="parquet")

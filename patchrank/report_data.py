@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-from patchrank import corpus, storage
+from patchrank import figures, storage
 from patchrank.errors import UserError
 
 UNPRUNED = "unpruned"
@@ -162,9 +162,9 @@ class Evaluation:
 
     @functools.cached_property
     def files(self) -> list[str]:
-        """Base names of the Parquet files, one a shard. Raises UserError where the folder cannot be listed."""
+        """Base names of the tables of its shards. Raises UserError where the folder cannot be listed."""
         try:
-            return corpus.parquet_files(self.folder)
+            return figures.tables(self.folder, self.shards)
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be read ({storage.one_line(error)})") from None
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ from small_model import save_model
 
 import patchrank
 from cluster.evaluate import EvaluationJob, run
-from patchrank import evaluate, figures, models, rankings, shards
+from patchrank import evaluate, figures, models, rankings, report_data, shards
 from patchrank.bundle import Bundle
+from patchrank.comparison import Method
 from patchrank.errors import UserError
 from patchrank.evaluate import ShardEvaluator
 from patchrank.images import decode
@@ -246,6 +248,39 @@ def test_an_evaluation_goes_on_where_it_was_and_another_is_kept_out(data, addres
         run(job(data, done.folder, address=address, keep_rates=[0.5]))
 
 
+def test_figures_are_of_the_job_s_shards_alone(data, address, tmp_path):
+    flags = {"address": address, "batch_sizes": [], "keep_rates": [0.5], "methods": ["random"]}
+    first, second = (
+        run(replace(job(data, tmp_path / "out", **flags), shards=[str(data / f"images-{number}.tar")]))
+        for number in range(2)
+    )
+    assert first.folder == second.folder and len(rows_of(first.folder)) == 2 * 16
+    for number, summary in enumerate((first, second)):
+        content = summary.content
+        assert [Path(uri).name for uri in content["shards"]] == [f"images-{number}.tar"]
+        assert content["images"] == 8 and {row["images"] for row in content["figures"]} == {8}
+        assert {row["images"] for row in content["retrieval"]} == {7}
+        assert sum(row["images"] for row in content["classes"] if row["method"] == "random") == 7
+    assert report_data.read(second.folder).files == [rankings.file_name(str(data / "images-1.tar"))]
+
+
+def test_where_no_shard_can_be_read_the_reason_is_told(data, address, tmp_path):
+    lost = replace(job(data, tmp_path / "out", address=address, rankings=None), shards=[str(tmp_path / "lost.tar")])
+    with pytest.raises(UserError, match=r"lost\.tar: .*No such file"):
+        run(lost)
+
+
+def test_an_image_that_overflows_in_one_way_of_pruning_is_rejected(data):
+    model = models.load(f"local-dir:{data / 'model'}")
+    tower = Tower(model.visual)
+    one = Method(whole=lambda keep: lambda pixels: tower(pixels).index_fill(0, torch.tensor([2]), math.inf))
+    methods = {"merging": one} | evaluate.methods(["random"], tower, None)
+    found = ShardEvaluator(tower, methods, [0.5], model.preprocess(), batch=8).evaluate(str(data / "images-0.tar"))
+    assert set(found.table["key"].to_pylist()) == {f"0-{number}" for number in range(8) if number != 2}
+    assert len(found.table) == 7 * 3 and all(math.isfinite(value) for value in found.table["cosine"].to_pylist())
+    assert [(reject.key, "float32" in reject.reason) for reject in found.rejects] == [("0-8", False), ("0-2", True)]
+
+
 def test_held_out_images_alone_and_images_without_a_ranking(data, tmp_path):
     model = models.load(f"local-dir:{data / 'model'}")
     tower = Tower(model.visual)
@@ -283,6 +318,9 @@ def test_bad_input_is_one_line_and_writes_nothing(data, address, tmp_path):
         ([*some, "--tokens", "x"], "--tokens needs --predictor"),
         ([*some, "--bundle", "x", "--predictor", "y"], "exclude each other"),
         ([*some, "--save-bundle", "x"], "--save-bundle needs --predictor"),
+        ([*ranked, "--bundle", "x", "--save-bundle", "s3://b/x"], "--save-bundle s3://b/x: must be a folder of this"),
+        ([*ranked, "--gpus-per-actor", "-1"], "--gpus-per-actor -1.0: must be at least 0"),
+        ([*ranked, "--model", "embedded", "--pretrained", "openai"], "--pretrained needs --model, an open_clip name"),
         ([*some, "--methods", "golden"], "--methods golden: needs --rankings"),
         ([*some, "--methods", "guess"], "--methods guess: must be one of"),
         ([*some, "--methods", "predictor"], "--methods predictor: needs --predictor"),
@@ -299,6 +337,7 @@ def test_bad_input_is_one_line_and_writes_nothing(data, address, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_without_rows_says_so(tmp_path):
-    with pytest.raises(UserError, match="holds no evaluation yet"):
-        figures.figures(str(tmp_path), [])
+def test_a_damaged_table_is_named(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"not Parquet")
+    with pytest.raises(UserError, match="cannot be read"):
+        figures.figures(str(tmp_path), ["a.parquet"], [])
