@@ -116,7 +116,8 @@ class RankingActor:
             tower, plan.config, plan.classes, plan.logit_scale, plan.keep_rates, plan.candidates_per_batch
         )
         num_classes = None if plan.classes is None else len(plan.classes)
-        ranker = ShardRanker(searcher, preprocess, num_classes, plan.images_per_batch, plan.limit)
+        threads = shared.places.threads
+        ranker = ShardRanker(searcher, preprocess, num_classes, plan.images_per_batch, plan.limit, threads)
         ranked = ranker.rank(shard, self._progress)
         with self._progress.timed("write"):
             size = write(plan.folder, plan.fingerprint, shard, ranked)
@@ -157,7 +158,9 @@ class RankingActor:
         self._progress = Progress()
         tower, preprocess = self._load(shared)
         try:
-            sums, counts = class_sums(tower, shard, preprocess, num_classes, images_per_batch, self._progress)
+            sums, counts = class_sums(
+                tower, shard, preprocess, num_classes, images_per_batch, self._progress, shared.places.threads
+            )
         except ShardError as error:
             return Failed(str(error))
         return sums, counts, self._progress

@@ -68,6 +68,7 @@ class EvaluationActor(RankingActor):
             plan.limit,
             plan.held_out,
             plan.match,
+            shared.places.threads,
         )
         found = evaluator.evaluate(shard, self._progress)
         with self._progress.timed("write"):

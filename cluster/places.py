@@ -33,6 +33,11 @@ class Places:
         """Whether actors work on GPUs."""
         return self.gpus > 0
 
+    @property
+    def threads(self) -> int:
+        """That decode images for an actor. Beside a GPU, which is busier than they are, more than it has cores."""
+        return max(self.cpus, 4 if self.gpu else 2)
+
     def room(self) -> int:
         """How many actors there is room for by now, with the nodes that have joined; as many as were asked for."""
         return self.actors if self.fixed else sum(_fit(node, self.cpus, self.gpus) for node in _nodes())

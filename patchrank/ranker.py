@@ -172,8 +172,14 @@ def class_sums(
     num_classes: int | None,
     batch: int,
     progress: Progress,
+    threads: int = 2,
 ) -> tuple[Tensor, Tensor]:
     """What prototypes are made of: the sums of the normalised embeddings of a shard's images, by class.
+
+    Args:
+        num_classes: K, or None where it follows from the labels.
+        batch: images embedded at a time.
+        threads: that decode images.
 
     Returns:
         Sums (K, E) float64 and counts (K,) int64; K is `num_classes`, or the largest label + 1 where None. Samples that
@@ -189,7 +195,7 @@ def class_sums(
     sums = torch.zeros(num_classes or 0, tower.embed_dim, dtype=torch.float64)
     counts = torch.zeros(num_classes or 0, dtype=torch.int64)
     samples = checked(shards.read(shard), num_classes or MAX_CLASSES, label_needed=True)
-    for images in batches(samples, preprocess, batch, reject):
+    for images in batches(samples, preprocess, batch, reject, threads):
         embeddings = F.normalize(tower(images.pixels), dim=-1).double().cpu()  # (B, E)
         labels = torch.tensor([label for label in images.labels if label is not None])  # (B,)
         grow = max(0, int(labels.max()) + 1 - len(sums))
