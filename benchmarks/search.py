@@ -4,12 +4,15 @@
     python benchmarks/search.py --dtype float32 --model ViT-L-14
     python benchmarks/search.py --shard-images 512                     and a whole actor, from tar to Parquet
 
-(a) The default search: candidates/s, useful multiply-adds/s (those of the candidates alone), and their share of a large
-    matrix product of the same dtype.
+(a) The default search: candidates/s, useful TFLOP/s (two a multiply-add, those of the candidates alone), and their
+    share of a large matrix product of the same dtype.
 (b) The shape of the paper's authors: one image at a time, all its candidates as one batch, attention weights
-    materialised, every token through the last block; against a one-shot search of the same candidates.
+    materialised, every token through the last block; against the default search, and a one-shot search of the same
+    candidates.
 (c) open_clip's plain forward pass on sequences of as many tokens, per multiply-add.
-(d) The share of an actor's time in which the device does not search: reading, decoding, writing.
+(d) The share of an actor's time, from tar to Parquet over several shards, in which the device is idle. On a GPU that is
+    the time without a kernel or copy, as PyTorch's profiler has it, which takes some time itself; on a CPU, which
+    decodes as well, the time outside the search.
 
 Weights and images are random: they say nothing about rankings, and speed does not depend on them. All take turns, so
 that a noisy machine disturbs them alike; printed are medians over the rounds.
@@ -18,7 +21,9 @@ that a noisy machine disturbs them alike; printed are medians over the rounds.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
+import math
 import statistics
 import sys
 import tarfile
@@ -33,8 +38,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+from cluster.actor import write
+from cluster.places import Places
+from cluster.rank import SearchJob
 from patchrank import rankings
 from patchrank.errors import run
 from patchrank.models import resolve_dtype
@@ -74,12 +84,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-16", help="open_clip name (%(default)s)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (%(default)s)")
-    parser.add_argument("--images", type=int, default=2, help="images a search batch (%(default)s)")
-    parser.add_argument("--shard-images", type=int, default=0, help="images of the actor's shard (no actor)")
+    parser.add_argument("--images", type=int, help="images a search batch (64 on a GPU, as jobs/search.py has, else 2)")
+    parser.add_argument("--shard-images", type=int, default=0, help="images of each of the actor's shards (no actor)")
+    parser.add_argument("--shards", type=int, default=3, help="of the actor (%(default)s)")
     parser.add_argument("--chunk", type=int, help="candidates a forward pass (as jobs/search.py chooses)")
     parser.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.images = args.images or (64 if device == "cuda" else 2)
     dtype = resolve_dtype(args.dtype, device == "cuda")
 
     model = open_clip.create_model(args.model).eval().requires_grad_(False)
@@ -144,36 +156,68 @@ def main() -> int:
     for name, count in candidates.items():
         print(f"{name:18}{per_second(name, args.images * count):10.1f} candidates/s")
     for name, amount in work.items():
-        print(f"{name:18}{per_second(name, amount) / 1e9:10.1f} G multiply-adds/s")
+        print(f"{name:18}{2 * per_second(name, amount) / 1e12:10.3f} TFLOP/s")
     print(f"default search / matrix product of {side} x {side}: {ratio('default', 'product', work):.2f}")
+    print(f"default search / authors' shape, candidates: {ratio('default', 'authors', candidates):.2f}")
     print(f"one-shot search / authors' shape, candidates: {ratio('one-shot', 'authors', candidates):.2f}")
     print(f"one-shot search / open_clip forward, per multiply-add: {ratio('one-shot', 'open_clip', work):.2f}")
     if args.shard_images:
-        wall, searching = actor(default, preprocess, args.shard_images, args.images)
+        searcher = Searcher(tower, SearchConfig(), keep_rates=SearchJob.keep_rates, chunk=args.chunk)
+        wall, busy = actor(searcher, preprocess, args.shard_images, args.shards, args.images)
         print(
-            f"actor, {args.shard_images} images, tar to Parquet: {wall:.1f} s, {1 - searching / wall:.1%} not searching"
+            f"actor, {args.shards} shards of {args.shard_images} images, tar to Parquet: {wall:.1f} s, "
+            f"device idle {1 - busy / wall:.1%}"
         )
     return 0
 
 
-def actor(searcher: Searcher, preprocess: Callable[..., Tensor], count: int, batch: int) -> tuple[float, float]:
-    """Rank a shard of noisy JPEG photos as an actor does: seconds in all, and seconds in the search."""
-    rng = np.random.default_rng(0)
+def actor(
+    searcher: Searcher, preprocess: Callable[..., Tensor], images: int, shards: int, batch: int
+) -> tuple[float, float]:
+    """Rank shards of noisy JPEG photos as an actor does: seconds in all, and those in which the device was busy."""
+    gpu = searcher.tower.device.type == "cuda"
+    threads = Places(actors=1, cpus=1, gpus=int(gpu)).threads
+    ranker = ShardRanker(searcher, preprocess, batch=batch, threads=threads)
     with tempfile.TemporaryDirectory() as folder:
-        shard = f"{folder}/shard.tar"
-        with tarfile.open(shard, "w") as tar:
-            for key in range(count):
-                photo = io.BytesIO()
-                smooth = Image.fromarray(rng.integers(256, size=(40, 50, 3), dtype=np.uint8)).resize((500, 400))
-                smooth.save(photo, "JPEG")
-                member = tarfile.TarInfo(f"{key:06d}.jpg")
-                member.size = photo.tell()
-                photo.seek(0)
-                tar.addfile(member, photo)
-        progress, start = Progress(), time.perf_counter()
-        ranked = ShardRanker(searcher, preprocess, batch=batch).rank(shard, progress)
-        rankings.write(folder, shard, ranked.table, ranked.rejects, "benchmark")
-        return time.perf_counter() - start, progress.seconds["search"]
+        paths = [f"{folder}/{number}.tar" for number in range(shards)]
+        for number, path in enumerate(paths):
+            write_photos(path, images, seed=number)
+        fingerprint = rankings.prepare(f"{folder}/out", {})
+        searching = 0.0
+        with profile(activities=[ProfilerActivity.CUDA]) if gpu else contextlib.nullcontext() as profiled:
+            start = time.perf_counter()
+            for path in paths:
+                progress = Progress()
+                write(f"{folder}/out", fingerprint, path, ranker.rank(path, progress))
+                searching += progress.seconds["search"]
+            wall = time.perf_counter() - start
+    if profiled is None:
+        return wall, searching
+    on_device = [event.time_range for event in profiled.events() if event.device_type == DeviceType.CUDA]
+    return wall, covered([(each.start, each.end) for each in on_device]) / 1e6  # the profiler counts microseconds
+
+
+def write_photos(path: str, count: int, seed: int) -> None:
+    """A shard of noisy JPEG photos of 500 x 400 pixels."""
+    rng = np.random.default_rng(seed)
+    with tarfile.open(path, "w") as tar:
+        for key in range(count):
+            photo = io.BytesIO()
+            smooth = Image.fromarray(rng.integers(256, size=(40, 50, 3), dtype=np.uint8)).resize((500, 400))
+            smooth.save(photo, "JPEG")
+            member = tarfile.TarInfo(f"{key:06d}.jpg")
+            member.size = photo.tell()
+            photo.seek(0)
+            tar.addfile(member, photo)
+
+
+def covered(intervals: list[tuple[float, float]]) -> float:
+    """The length of the union of intervals."""
+    total, reached = 0.0, -math.inf
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 if __name__ == "__main__":
