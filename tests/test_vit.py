@@ -26,13 +26,15 @@ def assert_same(model, cut=None):
         assert (found - expected).abs().max().item() < tolerance
 
 
-@pytest.mark.parametrize("name", ["ViT-B-16", "ViT-B-32", "ViT-B-32-quickgelu", "ViT-L-14"])
-def test_equals_encode_image(name):
+@pytest.mark.parametrize(
+    "name, changes", [("ViT-B-16", {}), ("ViT-B-32", {}), ("ViT-B-32-quickgelu", {}), ("ViT-L-14", {"layers": 4})]
+)
+def test_equals_encode_image(name, changes):
     config = open_clip.get_model_config(name)
     torch.manual_seed(0)
     model = open_clip.CLIP(
         config["embed_dim"],
-        CLIPVisionCfg(**config["vision_cfg"]),
+        CLIPVisionCfg(**config["vision_cfg"] | changes),
         CLIPTextCfg(layers=1, width=64),
         quick_gelu=config.get("quick_gelu", False),
     )
