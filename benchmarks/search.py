@@ -10,7 +10,8 @@
     materialised, every token through the last block; against the default search, and a one-shot search of the same
     candidates.
 (c) open_clip's plain forward pass on sequences of as many tokens, per multiply-add.
-(d) The share of an actor's time, from tar to Parquet over several shards, in which the device is idle. On a GPU that is
+(d) With --compile, forward passes of candidates through torch.compile, shapes static, against the same without.
+(e) The share of an actor's time, from tar to Parquet over several shards, in which the device is idle. On a GPU that is
     the time without a kernel or copy, as PyTorch's profiler has it, which takes some time itself; on a CPU, which
     decodes as well, the time outside the search.
 
@@ -54,18 +55,26 @@ from patchrank.search import SearchConfig, Searcher
 from patchrank.vit import Tower
 
 
-def authors_shape(visual: Any, tokens: Tensor, cut: int) -> Tensor:
-    """Scores of all single-token candidates of one image: tokens (1 + N, D) -> (N,), the way the authors' code goes."""
+def authors_shape(visual: Any, tokens: Tensor, full: Tensor, cut: int) -> Tensor:
+    """Scores of all single-token candidates of one image, the way the authors' code goes.
+
+    Args:
+        tokens: (1 + N, D), before block `cut`.
+        full: (E,), the embedding of the whole image.
+
+    Returns:
+        (N,)
+    """
     n = len(tokens) - 1
     left = torch.arange(n).expand(n, n)[~torch.eye(n, dtype=torch.bool)].view(n, n - 1)  # (N, N - 1)
     kept = F.pad(left + 1, (1, 0)).to(tokens.device)  # (N, N)
-    x = torch.cat([tokens[kept], tokens[kept[:1]]])  # (N + 1, N, D); the last stands for the whole image
+    x = tokens[kept]  # (N, N, D)
     for block in visual.transformer.resblocks[cut:]:
         y = block.ln_1(x)
         x = x + block.ls_1(block.attn(y, y, y, need_weights=True)[0])
         x = x + block.ls_2(block.mlp(block.ln_2(x)))
-    embeddings = visual._pool(x)[0] @ visual.proj
-    return F.cosine_similarity(embeddings[:-1].float(), embeddings[-1:].float())
+    embeddings = visual._pool(x)[0] @ visual.proj  # (N, E)
+    return F.cosine_similarity(embeddings.float(), full[None])
 
 
 def clock(call: Callable[[], object], device: str) -> float:
@@ -88,6 +97,7 @@ def main() -> int:
     parser.add_argument("--shard-images", type=int, default=0, help="images of each of the actor's shards (no actor)")
     parser.add_argument("--shards", type=int, default=3, help="of the actor (%(default)s)")
     parser.add_argument("--chunk", type=int, help="candidates a forward pass (as jobs/search.py chooses)")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile as well")
     parser.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -114,17 +124,24 @@ def main() -> int:
     square = torch.randn(side, side, device=device, dtype=dtype)
     products = 20 if device == "cuda" else 1
 
+    kept = torch.arange(n - 1, device=device).expand(chunk, -1)  # as many tokens as the first step's candidates have
+    image = torch.arange(chunk, device=device) % args.images
+    compiled = torch.compile(tower.suffix, dynamic=False)
+
     seconds: dict[str, list[float]] = {}
     with torch.inference_mode():
         calls: dict[str, Callable[[], object]] = {
             "default": lambda: default._by_effects(tokens, full, None),
             "one-shot": lambda: one_shot._by_scores(tokens, full, None),
-            "authors": lambda: [authors_shape(visual, one, tower.cut) for one in tokens],
+            "authors": lambda: [authors_shape(visual, *one, tower.cut) for one in zip(tokens, full, strict=True)],
             "open_clip": lambda: [visual._pool(visual.transformer(sequences))[0] @ visual.proj for _ in range(batches)],
             "product": lambda: [square @ square for _ in range(products)],
         }
+        if args.compile:
+            calls["eager"] = lambda: tower.suffix(tokens, kept, image)
+            calls["compiled"] = lambda: compiled(tokens, kept, image)
         ours = one_shot.search(images).score[0]
-        theirs = authors_shape(visual, tokens[0], tower.cut).cpu()
+        theirs = authors_shape(visual, tokens[0], full[0], tower.cut).cpu()
         torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-3 if dtype != torch.float32 else 1e-5)
         for call in calls.values():
             call()
@@ -161,6 +178,8 @@ def main() -> int:
     print(f"default search / authors' shape, candidates: {ratio('default', 'authors', candidates):.2f}")
     print(f"one-shot search / authors' shape, candidates: {ratio('one-shot', 'authors', candidates):.2f}")
     print(f"one-shot search / open_clip forward, per multiply-add: {ratio('one-shot', 'open_clip', work):.2f}")
+    if args.compile:
+        print(f"forward pass of {chunk}, compiled / not: {ratio('compiled', 'eager', dict.fromkeys(calls, 1.0)):.2f}")
     if args.shard_images:
         searcher = Searcher(tower, SearchConfig(), keep_rates=SearchJob.keep_rates, chunk=args.chunk)
         wall, busy = actor(searcher, preprocess, args.shard_images, args.shards, args.images)
