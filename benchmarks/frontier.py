@@ -8,8 +8,8 @@
 `measure` adds a row for every photo and search that the file does not have yet, after each photo: it can be stopped,
 run again with more photos, other shards or --searches, and goes on from there. The photos are the first of a shard, as
 those of `jobs/search.py --limit`; rankings that such a search left are taken from it (--rankings). Searches of one
-photo share the candidates they have in common. `show` prints the table, each search against the paper's on the photos
-that both have; with --common, and in the picture, on the photos that every search has.
+photo share the candidates they have in common. `show` prints the table and draws the picture, each search against the
+paper's on the photos that both have.
 """
 
 from __future__ import annotations
@@ -229,15 +229,6 @@ def measure(args: argparse.Namespace) -> int:
     return 0
 
 
-def common(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Only the rows of photos that every search has."""
-    photos_of: dict[str, set[tuple[str, str]]] = {}
-    for one in rows:
-        photos_of.setdefault(one["search"], set()).add((one["shard"], one["key"]))
-    both = set.intersection(*photos_of.values())
-    return [one for one in rows if (one["shard"], one["key"]) in both]
-
-
 def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A line a search: 1 - cosine, (5,) mean and 90th percentile, ratio to the paper's, top-1, and how many photos.
 
@@ -286,8 +277,7 @@ def show(args: argparse.Namespace) -> int:
         table = pq.read_table(args.results)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{args.results}: cannot be read: {error}") from None
-    rows = table.to_pylist()
-    lines = compare(common(rows) if args.common else rows)
+    lines = compare(table.to_pylist())
     rates = " ".join(f"{keep:.0%}" for keep in KEEP_RATES)
     models_ = pc.unique(pc.binary_join_element_wise(table["model"], table["dtype"], " ")).to_pylist()
     print(f"{', '.join(models_)}; 1 - cosine in thousandths, at keep {rates}\n")
@@ -304,18 +294,19 @@ def show(args: argparse.Namespace) -> int:
         cost = f"{line['candidates']} | {line['multiply_adds'] / 1e9:.0f}"
         print(f"| {line['search']} | {cost} | {line['photos']} | {mean} | {high} | {ratio} | {top} | {same} |")
     if args.plot:
-        draw([line for line in compare(common(rows)) if "ratio" in line and line["candidates"]], args.plot)
+        draw([line for line in lines if "ratio" in line and line["candidates"]], args.plot)
         print(f"\n{args.plot}")
     return 0
 
 
 def draw(lines: list[dict[str, Any]], path: str) -> None:
-    """Distortion against candidates, both logarithmic, at keep 60 and 50 %."""
+    """Distortion against candidates, both logarithmic, at keep 60 and 50 %; hollow where it is of fewer photos."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    most = max(line["photos"] for line in lines)
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharex=True, layout="constrained")
     families = {  # the Okabe-Ito colours, which colour-blind people can tell apart
         "one-shot": ("#D55E00", "o"),
@@ -330,7 +321,9 @@ def draw(lines: list[dict[str, Any]], path: str) -> None:
             if not mine:
                 continue
             x, y = [line["candidates"] for line in mine], [line["ratio"][column] for line in mine]
-            axis.scatter(x, y, color=colour, marker=marker, label=family, zorder=2)
+            filled = [colour if line["photos"] == most else "none" for line in mine]
+            axis.scatter(x, y, facecolors=filled, edgecolors=colour, marker=marker, zorder=2)
+            axis.plot([], [], color=colour, marker=marker, linestyle="none", label=family)
             for line, at in zip(mine, zip(x, y, strict=True), strict=True):
                 name = line["search"].removeprefix(family).strip()
                 axis.annotate(name, at, xytext=(4, 4), textcoords="offset points", fontsize=7)
@@ -338,7 +331,8 @@ def draw(lines: list[dict[str, Any]], path: str) -> None:
         for line in (axis.xaxis, axis.yaxis):
             line.set_major_formatter("{x:g}")
             line.set_minor_formatter("{x:g}")
-    figure.suptitle(f"mean over {lines[0]['photos']} photos")
+    fewest = min(line["photos"] for line in lines)
+    figure.suptitle(f"mean over {most} photos" + (f"; hollow: {fewest} or more" if fewest < most else ""))
     axes[0].set_ylabel("mean 1 - cosine, as a share of the paper's (one-shot r=2)")
     axes[0].legend(frameon=False)
     figure.savefig(path, dpi=130)
@@ -365,7 +359,6 @@ def main() -> int:
     showing = add("show", help="print the table and draw the picture")
     showing.set_defaults(call=show)
     showing.add_argument("results", help="Parquet file")
-    showing.add_argument("--common", action="store_true", help="only the photos that every search has")
     showing.add_argument("--plot", help="PNG file to write")
     args = parser.parse_args()
     return args.call(args)
