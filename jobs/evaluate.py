@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from cluster import job_flags
 from cluster.evaluate import EvaluationJob, EvaluationSummary
 from cluster.evaluate import run as evaluate
-from patchrank import assets, pairs, rankings
+from patchrank import assets, rankings
 from patchrank.comparison import Row, render
 from patchrank.errors import UserError, run
 from patchrank.evaluate import METHODS
@@ -86,7 +86,7 @@ def job(args: argparse.Namespace) -> EvaluationJob:
             if pretrained:
                 raise UserError("--pretrained needs --model, an open_clip name")
             model, pretrained = about.get("model"), about.get("pretrained")
-        uris = uris or pairs.ranked_shards(corpus)
+        uris = uris or corpus.shards()
     if model is None:
         raise UserError("--shards needs --model: an open_clip name, or embedded for the model in this project")
     embedded = model in ("embedded", assets.MODEL)

@@ -89,6 +89,20 @@ class Rankings:
         files = parquet_files(folder)
         return self._dataset(folder, files).to_table() if files else REJECTS_SCHEMA.empty_table()
 
+    def shards(self) -> list[str]:
+        """The URIs of the shards that have rankings, sorted by their tables' names."""
+
+        def shard(name: str) -> str:
+            path = storage.join(self.folder, name)
+            system, inner = storage.resolve(path)
+            try:
+                return pq.read_metadata(inner, filesystem=system).metadata[SHARD.encode()].decode()
+            except (pa.ArrowException, OSError, KeyError, TypeError) as error:
+                raise _unreadable(path, error) from None
+
+        with ThreadPoolExecutor(16) as pool:  # for buckets
+            return list(pool.map(shard, self.files))
+
     def shard(self, uri: str, columns: Sequence[str] | None = None) -> pa.Table:
         """The rankings of one shard, in the order of its samples; all columns unless some are named.
 

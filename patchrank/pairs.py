@@ -19,13 +19,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from patchrank import storage, trained
-from patchrank.corpus import SHARD, Rankings, file_name
+from patchrank import trained
+from patchrank.corpus import Rankings, file_name
 from patchrank.errors import UserError
 from patchrank.features import Features
 from patchrank.images import decode
@@ -145,13 +143,13 @@ class Pairs:
         self.share = held_out
         ranked = set(corpus.files)
         if shards is None:
-            self.shards = ranked_shards(corpus)
+            self.shards = corpus.shards()
         else:
             self.shards = [uri for uri in shards if file_name(uri) in ranked]
         self.shards_without_rankings = [uri for uri in shards or () if file_name(uri) not in ranked]
         if not self.shards:
             raise UserError(
-                f"{corpus.folder}: holds rankings of {ranked_shards(corpus)[0]} and its like, but of none of the "
+                f"{corpus.folder}: holds rankings of {corpus.shards()[0]} and its like, but of none of the "
                 f"{len(self.shards_without_rankings)} shards given, {self.shards_without_rankings[0]} the first; "
                 "name the shards as the search did"
             )
@@ -284,21 +282,6 @@ class Pairs:
         if errors:
             return f"no image of its shards can be read ({errors[0]})"
         return "no sample of its shards has a ranking; name the shards that were searched"
-
-
-def ranked_shards(corpus: Rankings) -> list[str]:
-    """The shards that a corpus has rankings of, sorted by their tables' names."""
-
-    def shard(name: str) -> str:
-        path = storage.join(corpus.folder, name)
-        system, inner = storage.resolve(path)
-        try:
-            return pq.read_metadata(inner, filesystem=system).metadata[SHARD.encode()].decode()
-        except (pa.ArrowException, OSError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: cannot be read ({storage.one_line(error)}); delete it and search again") from None
-
-    with ThreadPoolExecutor(16) as pool:  # for buckets
-        return list(pool.map(shard, corpus.files))
 
 
 def unranked(

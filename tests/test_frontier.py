@@ -71,6 +71,7 @@ def test_the_table_and_the_picture(measured, tmp_path):
     ("flags", "message"),
     [
         (["--searches", "no such"], "--searches no such: none of them"),
+        (["--shards", "lost.tar"], "lost.tar: "),
         (["--dtype", "float16"], "of other weights or another precision"),
         (["--cut", "2", "--rankings", "{undisturbed}"], "another cut (1)"),
     ],

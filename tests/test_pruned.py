@@ -242,6 +242,7 @@ def test_a_model_with_a_text_tower_of_its_own_class():
     [
         ("nowhere/to/be/found", {}, "no such folder"),
         ("./nowhere", {}, "no such folder"),
+        ("class-atention", {}, "class-atention: no such folder"),
         (3, {}, "a int does not tell how to prune"),
         ("random", {"keep": 0}, "keep 0: must be"),
         ("random", {"keep": 1.1}, "keep 1.1: must be"),
