@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' models are tiny: threads only cost
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 lets everything else on a busy machine go first
@@ -13,10 +14,30 @@ import pytest
 import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
+STATUS = pytest.StashKey[int]()
+
 
 def pytest_configure():
     """Scripts start what they put into the background with Ctrl-C ignored; what tests start must not inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """Remember what the tests came to, for `pytest_unconfigure`."""
+    session.config.stash[STATUS] = exitstatus
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config):
+    """Leave with the tests' status, and without what an interpreter does in the end.
+
+    Threads of Ray, Arrow and the AWS SDK that this process has started are still there then, and on a busy machine one
+    of them can crash the process after everything has passed.
+    """
+    if STATUS in config.stash:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(config.stash[STATUS])
 
 
 @pytest.fixture
