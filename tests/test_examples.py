@@ -4,30 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import made_up
 import pytest
+from here import ROOT, run_here
 
 from patchrank import assets, rankings
 
-ROOT = Path(__file__).parent.parent
-
-
-def start(*arguments):
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
-    )
-
-
-def run(*arguments):
-    done = start(*arguments)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
 
 def test_prune_my_clip():
-    printed = run("examples/prune_my_clip.py", "--how", "token-merging", "--keep", "0.7")
+    done = run_here("examples/prune_my_clip.py", "--how", "token-merging", "--keep", "0.7")
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout
     assert "64 images: cosine 0.9" in printed and "times as fast" in printed
 
 
@@ -35,7 +23,8 @@ def test_ask_the_corpus(tmp_path):
     settings = made_up.settings(keep_rates=[0.5])
     made = made_up.images("shard.tar", 30, keep_rates=(0.5,))
     rankings.write(str(tmp_path), "shard.tar", made.table(), [], rankings.prepare(str(tmp_path), settings))
-    printed = run("examples/ask_the_corpus.py", tmp_path).splitlines()
+    command = [sys.executable, "examples/ask_the_corpus.py", tmp_path]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     assert printed[0] == "30 images, 4 x 5 patches"
     shares = [int(share) for line in printed[3:7] for share in line.split()]
     assert len(shares) == 20 and abs(sum(shares) - 200) <= 10  # a tenth of 20 tokens is 2; rounded shares
@@ -49,7 +38,6 @@ def test_ask_the_corpus(tmp_path):
         (["examples/prune_my_clip.py", "--images", "{tmp}"], "--images and --classes: give both"),
         (["examples/prune_my_clip.py", "--model", "nope"], "--model nope"),
         (["examples/ask_the_corpus.py", "{tmp}/nope"], "{tmp}/nope: no such folder"),
-        (["examples/search_my_shards.py", "{tmp}/nope"], "{tmp}/nope: no such folder"),
         (["benchmarks/precision.py", "--model", assets.MODEL, "--shard", "nope.tar"], "nope.tar: No such file"),
         (["docs/picture.py", "{tmp}/nope", "{tmp}/x.png"], "{tmp}/nope: no such folder"),
         (["docs/picture.py", "{tmp}/rankings", "{tmp}/x.png"], "{tmp}/shard.tar: No such file"),
@@ -60,8 +48,15 @@ def test_bad_input_is_one_line(tmp_path, arguments, words):
     uri, folder = str(tmp_path / "shard.tar"), str(tmp_path / "rankings")
     table = made_up.images(uri, 3).table()
     rankings.write(folder, uri, table, [], rankings.prepare(folder, made_up.settings()))
-    done = start(*(argument.format(tmp=tmp_path) for argument in arguments))
+    done = run_here(*(argument.format(tmp=tmp_path) for argument in arguments))
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
     assert words.format(tmp=tmp_path) in done.stderr
     assert not (tmp_path / "x.png").exists()
+
+
+def test_search_my_shards_says_what_make_shards_says(tmp_path):
+    command = [sys.executable, "examples/search_my_shards.py", tmp_path / "nope"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path}/nope: no such folder") and len(done.stderr.splitlines()) == 1

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pyarrow.parquet as pq
 import pytest
-from tiny_search import ROOT, tables
+from here import run_here
+from tiny_search import tables
 
 pytest_plugins = ["tiny_results"]
 
 
 def measure(data, results, *flags):
-    command = [
-        sys.executable, str(ROOT / "benchmarks" / "frontier.py"), "measure", str(results),
+    return run_here(
+        "benchmarks/frontier.py", "measure", results,
         "--model", f"local-dir:{data / 'model'}", "--shards", str(data / "images-0.tar"), "--dtype", "float32",
         "--prototypes", str(data / "images-{1,2}.tar"), "--classes", str(data / "classes.json"), *flags,
-    ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    )  # fmt: skip
 
 
 def rows(results):
@@ -57,8 +54,7 @@ def test_rankings_of_a_search_are_those_it_finds_itself(data, measured, undistur
 
 def test_the_table_and_the_picture(measured, tmp_path):
     picture = tmp_path / "frontier.png"
-    command = [sys.executable, str(ROOT / "benchmarks" / "frontier.py"), "show", str(measured), "--plot", str(picture)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run_here("benchmarks/frontier.py", "show", measured, "--plot", picture)
     assert done.returncode == 0, done.stderr
     lines = {line.split("|")[1].strip(): line for line in done.stdout.splitlines() if line.startswith("| ")}
     assert list(lines) == ["search", "random", "one-shot r=2", "effects k=4", "effects k=2"]

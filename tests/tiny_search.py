@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import subprocess
 import sys
 import time
@@ -12,11 +11,7 @@ from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
-
-from jobs import search as job
-from patchrank.errors import run
-
-ROOT = Path(__file__).parent.parent
+from here import ROOT, run_here
 
 
 def command(data, out, *flags, shards="images-{0..5}.tar"):
@@ -36,13 +31,7 @@ def search(data, out, *flags, **named):
 def search_here(data, out, *flags, address, **named):
     """The same without the seconds that a process and a Ray of its own take: what jobs/search.py does, done here."""
     arguments = [*command(data, out, **named)[2:], "--address", address, *flags]
-    stdout, stderr, status = io.StringIO(), io.StringIO(), None
-    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-        try:
-            run(lambda: job.main(arguments))
-        except SystemExit as end:
-            status = end.code
-    return subprocess.CompletedProcess(arguments, status, stdout.getvalue(), stderr.getvalue())
+    return run_here("jobs/search.py", *arguments)
 
 
 def tables(out):
