@@ -15,7 +15,6 @@ paper's on the photos that both have.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import fnmatch
 import functools
 import hashlib
@@ -111,17 +110,8 @@ class Remembering(Candidates):
 
 def photos(uri: str, count: int) -> Iterator[shards.Sample]:
     """The readable ones among the first so many samples of a shard."""
-    with readable(uri):
+    with shards.readable(uri):
         yield from (sample for sample in shards.read(uri, count) if isinstance(sample, shards.Sample))
-
-
-@contextlib.contextmanager
-def readable(uri: str) -> Iterator[None]:
-    """A shard that cannot be read becomes one line."""
-    try:
-        yield
-    except shards.ShardError as error:
-        raise UserError(f"{uri}: {error}") from None
 
 
 def searched(folders: list[str], uris: list[str], tower: Tower, model: Model) -> dict[tuple[str, str, str], Tensor]:
@@ -162,7 +152,7 @@ def prototypes(args: argparse.Namespace, tower: Tower, model: Model) -> Tensor:
     if known is None:
         parts = []
         for uri in tqdm(uris, desc="prototypes", disable=not sys.stderr.isatty()):
-            with readable(uri):
+            with shards.readable(uri):
                 parts.append(class_sums(tower, uri, model.preprocess(), len(names), 16, Progress()))
         sums, counts = (torch.stack(column).sum(dim=0) for column in zip(*parts, strict=True))  # (K, E), (K,)
         known = classes.from_sums(sums, counts, identity, names)

@@ -124,10 +124,6 @@ def main() -> int:
     square = torch.randn(side, side, device=device, dtype=dtype)
     products = 20 if device == "cuda" else 1
 
-    kept = torch.arange(n - 1, device=device).expand(chunk, -1)  # as many tokens as the first step's candidates have
-    image = torch.arange(chunk, device=device) % args.images
-    compiled = torch.compile(tower.suffix, dynamic=False)
-
     seconds: dict[str, list[float]] = {}
     with torch.inference_mode():
         calls: dict[str, Callable[[], object]] = {
@@ -138,6 +134,9 @@ def main() -> int:
             "product": lambda: [square @ square for _ in range(products)],
         }
         if args.compile:
+            kept = torch.arange(n - 1, device=device).expand(chunk, -1)  # as many as candidates of the first step have
+            image = torch.arange(chunk, device=device) % args.images
+            compiled = torch.compile(tower.suffix, dynamic=False)
             calls["eager"] = lambda: tower.suffix(tokens, kept, image)
             calls["compiled"] = lambda: compiled(tokens, kept, image)
         ours = one_shot.search(images).score[0]

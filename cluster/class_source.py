@@ -49,18 +49,19 @@ def class_source(
     """
     if job.class_embeddings and prototypes:
         raise UserError("--class-embeddings and --prototypes exclude each other: choose one")
-    if job.class_embeddings:
-        found = classes.from_file(job.class_embeddings, model.visual.output_dim, names)
-        return found.identity, found
-    kept = storage.join(folder, CLASSES_FILE)
-    if prototypes:
-        made_from = [model.weights, str(names and len(names)), *prototypes]
-        identity = f"prototypes {hashlib.sha256(chr(10).join(made_from).encode()).hexdigest()[:16]}"
-        return identity, classes.load(kept, identity, names)
-    if names:
-        prompts = classes.templates(job.templates)
-        identity = classes.text_identity(model, names, prompts)
-        return identity, classes.load(kept, identity, names) or classes.from_text(model, names, prompts)
+    with usable(folder):
+        if job.class_embeddings:
+            found = classes.from_file(job.class_embeddings, model.visual.output_dim, names)
+            return found.identity, found
+        kept = storage.join(folder, CLASSES_FILE)
+        if prototypes:
+            made_from = [model.weights, str(names and len(names)), *prototypes]
+            identity = f"prototypes {hashlib.sha256(chr(10).join(made_from).encode()).hexdigest()[:16]}"
+            return identity, classes.load(kept, identity, names)
+        if names:
+            prompts = classes.templates(job.templates)
+            identity = classes.text_identity(model, names, prompts)
+            return identity, classes.load(kept, identity, names) or classes.from_text(model, names, prompts)
     return None, None
 
 

@@ -23,7 +23,7 @@ from cluster.rank import Summary, model_settings, work_through
 from patchrank import __version__, classes, evaluate, figures, models, pairs, rankings, shards, storage
 from patchrank.bundle import Bundle
 from patchrank.comparison import UNPRUNED
-from patchrank.corpus import Rankings
+from patchrank.corpus import Rankings, tables
 from patchrank.errors import UserError
 from patchrank.images import MAX_PIXELS
 from patchrank.models import Model
@@ -109,8 +109,7 @@ def run(job: EvaluationJob) -> EvaluationSummary:
         identity, known = classes_of(corpus)
         names = corpus.class_names
     else:
-        with usable(folder):
-            identity, known = class_source(job, model, folder, names, prototypes)
+        identity, known = class_source(job, model, folder, names, prototypes)
         names = known.names if known else names if identity else None
     flags = (job.address, job.actors, job.cpus_per_actor, job.gpus_per_actor)
     with connected(*flags, shards=len(uris)) as places, usable(folder):
@@ -141,11 +140,11 @@ def run(job: EvaluationJob) -> EvaluationSummary:
         )
         work_through(pool, "evaluate", KIND, ray.put(plan), todo, summary, job.limit)
         summary.seconds = time.monotonic() - start
-        tables = figures.tables(folder, uris)
-        if not tables:
+        there = tables(folder, uris)
+        if not there:
             shard, reason = min(summary.failures.items())
             raise UserError(f"{shard}: {reason}" + ("; no other shard has a table either" if len(uris) > 1 else ""))
-        summary.content = _sum_up(job, found, names, uris, tables, folder, pool)
+        summary.content = _sum_up(job, found, names, uris, there, folder, pool)
         figures.write(folder, summary.content)
     if job.save_bundle and found.bundle is not None:
         own = (UNPRUNED, evaluate.PREDICTOR, evaluate.TOKENS)
@@ -213,13 +212,13 @@ def _sum_up(
     found: _Setting,
     names: list[str] | None,
     uris: list[str],
-    tables: list[str],
+    there: list[str],
     folder: str,
     pool: Pool,
 ) -> dict[str, Any]:
     """The content of figures.json: of the job's shards alone, whatever others have tables in the folder."""
     tower, model = found.tower, found.model
-    rows = figures.figures(folder, tables, found.methods)
+    rows = figures.figures(folder, there, found.methods)
     cost = _costs(found)
     for row in rows:
         row["multiply_adds"], row["counted"] = cost(row["method"], row["keep"])
@@ -249,9 +248,9 @@ def _sum_up(
         "device": device,
         "images": rows[0]["images"],
         "figures": rows,
-        "classes": figures.by_class(folder, tables, names),
+        "classes": figures.by_class(folder, there, names),
         "latency": latency,
-        "retrieval": figures.retrieval(folder, tables, encode) if model.has_text else [],
+        "retrieval": figures.retrieval(folder, there, encode) if model.has_text else [],
     }
 
 

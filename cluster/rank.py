@@ -99,8 +99,7 @@ def search(job: SearchJob) -> SearchSummary:
     names = classes.read_names(job.class_names) if job.class_names else None
     model = models.load(job.model, job.pretrained)
     folder = storage.absolute(job.out)
-    with usable(folder):
-        identity, known = class_source(job, model, folder, names, prototypes)
+    identity, known = class_source(job, model, folder, names, prototypes)
     names = known.names if known else names if identity else None
     flags = (job.address, job.actors, job.cpus_per_actor, job.gpus_per_actor)
     with connected(*flags, shards=len(uris)) as places, usable(folder):

@@ -83,14 +83,12 @@ def job(args: argparse.Namespace) -> EvaluationJob:
         corpus = rankings.open(folder)
         about = corpus.settings.get("about", {})
         if model is None:
-            if pretrained:
-                raise UserError("--pretrained needs --model, an open_clip name")
             model, pretrained = about.get("model"), about.get("pretrained")
         uris = uris or corpus.shards()
     if model is None:
         raise UserError("--shards needs --model: an open_clip name, or embedded for the model in this project")
     embedded = model in ("embedded", assets.MODEL)
-    if embedded and pretrained:
+    if args.pretrained and (embedded or not args.model):
         raise UserError("--pretrained needs --model, an open_clip name")
     own_classes = args.classes or args.class_embeddings or args.prototypes or folder or not embedded
     return EvaluationJob(

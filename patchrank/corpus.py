@@ -233,6 +233,12 @@ def parquet_files(folder: str) -> list[str]:
     return [info.base_name for info in storage.files(folder) if info.base_name.endswith(".parquet") and info.size]
 
 
+def tables(folder: str, shards: Sequence[str]) -> list[str]:
+    """Base names of the Parquet files that a folder has of these shards."""
+    there = set(parquet_files(folder))
+    return [name for name in map(file_name, shards) if name in there]
+
+
 def _unreadable(path: str, error: BaseException) -> UserError:
     return UserError(
         f"{path}: cannot be read ({storage.one_line(error)}); if it is damaged, delete it and search again"

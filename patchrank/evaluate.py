@@ -28,7 +28,7 @@ from patchrank.pairs import PairBatch, is_held_out
 from patchrank.predictor import count_kept
 from patchrank.progress import Progress
 from patchrank.pruned import MERGING, MergedTower, PrunedTower, pruned_multiply_adds
-from patchrank.ranker import ShardResult, checked
+from patchrank.ranker import ShardResult, checked, overflowed
 from patchrank.scores import probabilities
 from patchrank.selectors import ClassAttentionSelector, PredictorSelector, RandomSelector
 from patchrank.shards import Reject, Sample, ShardError
@@ -210,9 +210,8 @@ class ShardEvaluator:
                     texts = [captions.pop(key) for key in batch.keys]
                     table, finite = self._batch(shard, batch, golden, texts)
                 tables.append(table)
-                progress.images += sum(finite)
-                reason = f"a pruned image's embedding overflows in {self.tower.dtype}; use --dtype float32"
-                overflows += [Reject(key, reason) for key, good in zip(batch.keys, finite, strict=True) if not good]
+                progress.images += int(finite.sum())
+                overflows += overflowed(batch.keys, finite, "a pruned image's embedding", self.tower.dtype)
         except ShardError as damage:
             error = str(damage)
         progress.rejects = len(rejects) + len(overflows)
@@ -247,8 +246,8 @@ class ShardEvaluator:
         batch: Batch,
         golden: Mapping[str, tuple[Tensor, Tensor]] | None,
         captions: list[tuple[str, ...]],
-    ) -> tuple[pa.Table, list[bool]]:
-        """The rows of the images all of whose embeddings are finite, and which of the batch those are."""
+    ) -> tuple[pa.Table, Tensor]:
+        """The rows of the images all of whose embeddings are finite, and which of the batch those are, (B,) bool."""
         ranking = score = None
         if golden is not None:
             ranking, score = (torch.stack([golden[key][which] for key in batch.keys]) for which in (0, 1))  # (B, N)
@@ -257,7 +256,7 @@ class ShardEvaluator:
         found = list(prune_batch(self.tower, self.methods, list(self.counts), pair))
         finite = torch.stack([cell.embeddings.isfinite().all(dim=1) for cell in found]).all(dim=0).cpu()  # (B,)
         rows = self._rows(shard, batch.keys, batch.labels, found, captions, ranking)
-        return rows.filter(pa.array(finite.repeat(len(found)).numpy())), finite.tolist()
+        return rows.filter(pa.array(finite.repeat(len(found)).numpy())), finite
 
     def _rows(
         self,

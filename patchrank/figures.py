@@ -13,7 +13,6 @@ import pyarrow.dataset as ds
 
 from patchrank import storage
 from patchrank.comparison import UNPRUNED
-from patchrank.corpus import file_name, parquet_files
 from patchrank.errors import UserError
 
 FILE = "figures.json"
@@ -35,17 +34,11 @@ _CLASSES = """
 """
 
 
-def tables(folder: str, shards: Sequence[str]) -> list[str]:
-    """Base names of the tables that an evaluation's folder, local, s3:// or gs://, has of these shards."""
-    there = set(parquet_files(folder))
-    return [name for name in map(file_name, shards) if name in there]
-
-
 def figures(folder: str, names: Sequence[str], order: Sequence[str]) -> list[dict[str, Any]]:
     """By method and keep rate: images, labelled, top1, top5, cosine and matching; None where there is nothing to tell.
 
     Args:
-        folder: of an evaluation.
+        folder: of an evaluation, local, s3:// or gs://.
         names: of the tables to sum up, one at least.
         order: of the methods.
 

@@ -27,7 +27,7 @@ from patchrank.corpus import Rankings, file_name
 from patchrank.errors import UserError
 from patchrank.features import Features
 from patchrank.images import decode
-from patchrank.shards import Sample, ShardError, read
+from patchrank.shards import Sample, ShardError, read, readable
 from patchrank.vit import Tower
 
 LANES = 4  # streams that a global batch is put together from; see `Pairs.batches`
@@ -307,12 +307,10 @@ def unranked(
 
     def rows() -> Iterator[_Pair]:
         for uri in shards:
-            try:
+            with readable(uri):
                 for sample in read(uri):
                     if isinstance(sample, Sample):
                         yield _Pair(sample.key, sample.image, sample.label, (), uri)
-            except ShardError as error:
-                raise UserError(f"{uri}: {error}") from None
 
     mine = itertools.islice(rows(), rank, limit, world)
     return _decoded(mine, preprocess, size, threads, lambda pair: undecodable(pair.key))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,11 +97,7 @@ class ShardRanker:
         progress.seconds["decode"] += batch.decode_seconds
         with progress.timed("search"):
             result = self.searcher.search(batch.pixels, labels)
-        for key, finite in zip(batch.keys, result.finite.tolist(), strict=True):
-            if not finite:
-                overflows.append(
-                    Reject(key, f"the search overflows in {self.searcher.tower.dtype}; use --dtype float32")
-                )
+        overflows += overflowed(batch.keys, result.finite, "the search", self.searcher.tower.dtype)
         rows = result.finite.nonzero()[:, 0].tolist()
         progress.images += len(rows)
         progress.candidates += result.candidates
@@ -163,6 +159,12 @@ def checked(
             elif num_classes is not None and sample.label >= num_classes:
                 reason = f"label {sample.label} is not one of the {num_classes} classes, 0 to {num_classes - 1}"
         yield Reject(sample.key, reason) if reason else sample
+
+
+def overflowed(keys: Sequence[str], finite: Tensor, what: str, dtype: torch.dtype) -> list[Reject]:
+    """A reject for each image for which something, in this precision, was not finite; `finite` is (B,) bool."""
+    reason = f"{what} overflows in {dtype}; use --dtype float32"
+    return [Reject(key, reason) for key, good in zip(keys, finite.tolist(), strict=True) if not good]
 
 
 def class_sums(

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-from patchrank import figures, storage
+from patchrank import corpus, storage
 from patchrank.errors import UserError
 
 UNPRUNED = "unpruned"
@@ -164,7 +164,7 @@ class Evaluation:
     def files(self) -> list[str]:
         """Base names of the tables of its shards. Raises UserError where the folder cannot be listed."""
         try:
-            return figures.tables(self.folder, self.shards)
+            return corpus.tables(self.folder, self.shards)
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be read ({storage.one_line(error)})") from None
 

@@ -142,7 +142,7 @@ def photos(uri: str) -> Iterator[tuple[str, Image.Image]]:
     Raises:
         UserError: the shard cannot be read (any further).
     """
-    try:
+    with readable(uri):
         for sample in read(uri):
             if isinstance(sample, Sample):
                 try:
@@ -150,6 +150,13 @@ def photos(uri: str) -> Iterator[tuple[str, Image.Image]]:
                 except ValueError:
                     continue
                 yield sample.key, image
+
+
+@contextlib.contextmanager
+def readable(uri: str) -> Iterator[None]:
+    """What cannot do without a shard: its `ShardError` becomes a `UserError` that names it."""
+    try:
+        yield
     except ShardError as error:
         raise UserError(f"{uri}: {error}") from None
 
