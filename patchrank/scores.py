@@ -20,7 +20,7 @@ def probabilities(embeddings: Tensor, classes: Tensor, logit_scale: float) -> Te
     Returns:
         (C, K) in the dtype of the embeddings (float32, or float64 from a float64 tower).
     """
-    return (logit_scale * F.normalize(embeddings, dim=-1) @ classes.to(embeddings.dtype).T).softmax(dim=-1)
+    return _logits(embeddings, classes, logit_scale).softmax(dim=-1)
 
 
 def score(
@@ -31,7 +31,10 @@ def score(
     logit_scale: float = 100.0,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """s(T) of each candidate, where row c of every argument belongs to candidate c.
+    """s(T) - 1 of each candidate, where row c of every argument belongs to candidate c.
+
+    Where a model is sure, a probability s(T) is 1 to its last digit for one candidate as for another. What is missing
+    to 1, the probability of all other classes, still tells them apart.
 
     Args:
         name: "preservation": cosine to the embedding of the full sequence; "confidence": the largest class probability;
@@ -43,26 +46,31 @@ def score(
         labels: (C,) int64 in 0 .. K-1; needed for "label" alone.
 
     Returns:
-        (C,) in the dtype of the embeddings.
+        (C,) float64, at most 0 but for rounding.
 
     Raises:
         ValueError: an unknown name, or an argument that the score needs is missing.
     """
     if name == "preservation":
-        return F.cosine_similarity(embeddings, full, dim=-1)
+        return F.cosine_similarity(embeddings, full, dim=-1).double() - 1
     if name not in SCORES:
         raise ValueError(f"unknown score {name!r}; the scores are {', '.join(SCORES)}")
     if classes is None:
         raise ValueError(f"the score {name!r} needs class embeddings")
-    likely = probabilities(embeddings, classes, logit_scale)  # (C, K)
+    likely = _logits(embeddings, classes, logit_scale).double().softmax(dim=-1)  # (C, K)
     if name == "confidence":
-        return likely.amax(dim=-1)
+        labels = likely.argmax(dim=-1)  # (C,)
     if labels is None:
         raise ValueError("the score 'label' needs labels")
-    return likely.gather(1, labels[:, None])[:, 0]
+    return -likely.scatter(1, labels[:, None], 0).sum(dim=-1)
 
 
 def predict(embeddings: Tensor, classes: Tensor, logit_scale: float) -> tuple[Tensor, Tensor]:
     """The most likely class, (C,) int64, and its probability, (C,)."""
     confidence, prediction = torch.max(probabilities(embeddings, classes, logit_scale), dim=-1)
     return prediction, confidence
+
+
+def _logits(embeddings: Tensor, classes: Tensor, logit_scale: float) -> Tensor:
+    """(C, E), (K, E) -> (C, K) in the dtype of the embeddings."""
+    return logit_scale * F.normalize(embeddings, dim=-1) @ classes.to(embeddings.dtype).T

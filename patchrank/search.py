@@ -203,7 +203,7 @@ class Searcher:
             pruned_prediction, pruned_confidence = (part.unflatten(0, cosine.shape) for part in flat)
         return SearchResult(
             ranking=ranking.cpu(),
-            score=scores.float().cpu(),
+            score=(scores + 1).float().cpu(),
             step=step.cpu(),
             prediction=_cpu(prediction),
             confidence=_cpu(confidence),
@@ -215,13 +215,13 @@ class Searcher:
         )
 
     def _by_scores(self, tokens: Tensor, full: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Ranking, score and step as in `SearchResult`, on the tower's device, and the number of candidates scored."""
+        """Ranking, score less 1 and step as in `SearchResult`, on the tower's device, and the number of candidates."""
 
         def score_them(embeddings: Tensor, images: Tensor) -> Tensor:
             return self._score(embeddings, full[images], None if labels is None else labels[images])[:, None]
 
         alive = self._all_tokens(tokens)  # (B, A), ascending token ids
-        scores = full.new_zeros(alive.shape)  # (B, N)
+        scores = full.new_zeros(alive.shape, dtype=torch.float64)  # (B, N)
         step = torch.zeros_like(alive)  # (B, N)
         removed, candidates = [], 0  # removed: each (B, k), in the order in which tokens leave
         for number, count in enumerate(self.config.removals(self.tower.num_tokens), start=1):
@@ -244,7 +244,7 @@ class Searcher:
         images = torch.arange(len(alive), device=alive.device)
         now = full  # (B, E), the embedding without the tokens that have left
         effects = full.new_zeros(*alive.shape, full.shape[1])  # (B, N, E)
-        scores = full.new_zeros(alive.shape)  # (B, N)
+        scores = full.new_zeros(alive.shape, dtype=torch.float64)  # (B, N)
         step = torch.zeros_like(alive)  # (B, N)
         removed, candidates = [], 0
         for number, count in enumerate(self.config.removals(self.tower.num_tokens), start=1):
@@ -297,7 +297,7 @@ class Searcher:
         return torch.cat(leaving, dim=1) if leaving else alive[:, :0], now
 
     def _predicted(self, now: Tensor, effects: Tensor, full: Tensor, labels: Tensor | None) -> Tensor:
-        """The score that each token's leaving is predicted to make: (B, E), (B, N, E) -> (B, N)."""
+        """The score, less 1, that each token's leaving is predicted to make: (B, E), (B, N, E) -> (B, N) float64."""
         batch, tokens = effects.shape[:2]
         # Probabilities over many classes are large: a few images at a time then.
         classes = 1 if self.classes is None or self.config.score == "preservation" else len(self.classes)
@@ -312,6 +312,7 @@ class Searcher:
         return torch.cat(parts)
 
     def _score(self, embeddings: Tensor, full: Tensor, labels: Tensor | None) -> Tensor:
+        """As `patchrank.scores.score`."""
         return score(self.config.score, embeddings, full, self.classes, self.logit_scale, labels)
 
     def _all_tokens(self, tokens: Tensor) -> Tensor:

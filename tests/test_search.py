@@ -65,6 +65,26 @@ def test_the_search_that_scores_once_agrees(small_clip, score, block):
     agree(small_clip(torch.float64), SearchConfig(score=score, block=block, rescore=0, remove_per_step=3), images=2)
 
 
+@pytest.mark.parametrize("score", ["confidence", "label"])
+def test_where_the_model_is_sure_the_odds_still_rank(small_clip, score):
+    """Every probability is 1 to float64's last digit; what the other classes have left is not."""
+    visual = small_clip(torch.float64).visual
+    pixels = torch.randn(1, 3, 16, 20, dtype=torch.float64)
+    prefix = reference.prefix(visual, pixels[0], 1)
+    full = reference.embed(visual, prefix, range(20))
+    classes = torch.nn.functional.normalize(torch.stack([-full, full, full.roll(1), full.roll(2)]), dim=-1)
+
+    def odds(token):
+        embedding = reference.embed(visual, prefix, set(range(20)) - {token})
+        logits = 200 * torch.nn.functional.normalize(embedding, dim=-1) @ classes.T
+        return (logits[[0, 2, 3]].logsumexp(dim=0) - logits[1]).item()
+
+    config = SearchConfig(score=score, steps=1, rank_by="scores")
+    found = Searcher(Tower(visual, 1, torch.float64), config, classes, 200.0).search(pixels, torch.tensor([1]))
+    assert (found.score == 1).all()
+    assert found.ranking[0].tolist() == sorted(range(20), key=odds, reverse=True) != list(reversed(range(20)))
+
+
 @pytest.mark.parametrize("rank_by", ["effects", "scores"])
 @pytest.mark.parametrize("rescore", [0, 2, None])
 def test_what_a_search_will_cost_is_known(small_clip, rank_by, rescore):
