@@ -16,8 +16,9 @@ pipeline: search
 	$(PY) jobs/evaluate.py --predictor predictor --tokens tokens --save-bundle bundle
 	$(PY) jobs/report.py evaluation
 
+# Two processes, for most tests wait for others that they start; those of a file stay together, as they share a Ray.
 test: $(VENV)/installed
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check
