@@ -79,6 +79,7 @@ def main() -> int:
         raise UserError(f"--shard {args.shard}: holds no image that can be decoded")
     pixels = torch.stack(photos)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.allow_tf32 = False  # in convolutions PyTorch has it on, and float32 is not float32
     found, rankings = {}, {}
     with torch.inference_mode(), RoundedProducts() if device == "cpu" else contextlib.nullcontext():
         for name in tqdm(["float32", *args.dtypes]):

@@ -16,6 +16,7 @@ and does not count. The exit status is 1 where a figure misses the goal printed 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import resource
 import statistics
@@ -199,7 +200,7 @@ def compare(images: int, rounds: int) -> bool:
         fingerprint = rankings.prepare(folder, settings)
         plan = Plan(folder, fingerprint, config, KEEP_RATES, None, 100.0, batch, None, images)
         with connected("local", actors=1, cpus=cores, gpus=1 if gpu else 0, shards=len(uris)) as places:
-            shared = Shared(ray.put(tower.to("cpu")), ray.put(model.preprocess()), places, MAX_PIXELS)
+            shared = Shared(ray.put(copy.deepcopy(tower).to("cpu")), ray.put(model.preprocess()), places, MAX_PIXELS)
             pool = Pool(RankingActor, shared, 1, places.cpus, places.gpus)
             ends = []
             for _, report in pool.run("rank", uris, ray.put(plan)):

@@ -86,6 +86,7 @@ class RankingActor:
         self._tower: Tower | None = None
         self._preprocess: Callable[..., Tensor] | None = None
         self._progress = Progress()
+        self._chunk: int | None = None  # candidates a forward pass that the memory has room for, once that is known
         self._metrics = Metrics(self._progress)
 
     def ready(self, shared: Shared) -> None:
@@ -95,6 +96,7 @@ class RankingActor:
     def _load(self, shared: Shared) -> tuple[Tower, Callable[..., Tensor]]:
         if self._tower is None or self._preprocess is None:
             torch.set_num_threads(shared.places.cpus)
+            torch.backends.cudnn.allow_tf32 = False  # in convolutions PyTorch has it on, and float32 is not float32
             limit_pixels(shared.max_pixels)
             self._tower = ray.get(shared.tower).to("cuda" if shared.places.gpu else "cpu")
             self._preprocess = ray.get(shared.preprocess)
@@ -112,13 +114,13 @@ class RankingActor:
         self._metrics = Metrics(self._progress)
         check_folder(plan.folder, plan.fingerprint)
         tower, preprocess = self._load(shared)
-        searcher = Searcher(
-            tower, plan.config, plan.classes, plan.logit_scale, plan.keep_rates, plan.candidates_per_batch
-        )
+        chunk = self._chunk or plan.candidates_per_batch
+        searcher = Searcher(tower, plan.config, plan.classes, plan.logit_scale, plan.keep_rates, chunk)
         num_classes = None if plan.classes is None else len(plan.classes)
         threads = shared.places.threads
         ranker = ShardRanker(searcher, preprocess, num_classes, plan.images_per_batch, plan.limit, threads)
         ranked = ranker.rank(shard, self._progress)
+        self._chunk = searcher.candidates.chunk  # smaller by now where memory has run out
         with self._progress.timed("write"):
             size = write(plan.folder, plan.fingerprint, shard, ranked)
         self._metrics.tell()

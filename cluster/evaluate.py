@@ -38,7 +38,7 @@ KIND = "evaluation"
 class EvaluationJob:
     """Everything that `run` is told; the flags of jobs/evaluate.py."""
 
-    shards: Sequence[str]
+    shards: Sequence[str] | None  # those of the rankings where None
     out: str
     model: str
     pretrained: str | None = None
@@ -96,12 +96,17 @@ def run(job: EvaluationJob) -> EvaluationSummary:
         UserError: bad input; a folder of another evaluation; a disk that is full.
         KeyboardInterrupt: Ctrl-C; every file in the folder is whole.
     """
-    uris = shards.expand(job.shards)
+    corpus = rankings.open(job.rankings) if job.rankings else None
+    if job.shards is not None:
+        uris = shards.expand(job.shards)
+    elif corpus is not None:
+        uris = corpus.shards()
+    else:
+        raise UserError("neither shards nor rankings, which name shards, are given")
     prototypes = shards.expand(job.prototypes) if job.prototypes else []
     names = classes.read_names(job.class_names) if job.class_names else None
     model = models.load(job.model, job.pretrained)
     folder = storage.absolute(job.out)
-    corpus = rankings.open(job.rankings) if job.rankings else None
     if corpus is not None and job.limit is None:
         job = replace(job, limit=corpus.settings.get("limit"))
     asks = bool(names or prototypes or job.class_embeddings)

@@ -45,7 +45,7 @@ class Places:
 
 @contextlib.contextmanager
 def connected(
-    address: str | None, actors: int | None, cpus: int | None, gpus: float | None, shards: int
+    address: str | None, actors: int | None, cpus: int | None, gpus: float | None, shards: int | None
 ) -> Iterator[Places]:
     """Connect to Ray: a local Ray of our own, or the cluster at an address.
 
@@ -55,19 +55,24 @@ def connected(
         actors: how many are wanted; as many as there is room for where None.
         cpus: cores of an actor; where None 1 beside a GPU, else the cores are shared out among the shards.
         gpus: GPUs of an actor; where None 1 if the cluster has any.
-        shards: of the whole job.
+        shards: of the whole job; None where all actors work together on one thing, and none begins without the others.
+            Then cores are shared out among the machines where neither `actors` nor `cpus` is given.
 
     Raises:
-        UserError: no Ray at the address, none that can be started, or no room in it for such an actor.
+        UserError: no Ray at the address, none that can be started, or no room in our own for such an actor, or for all
+            of them where they work together.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     _connect(address, (actors or 1) * (cpus or 1) if actors or cpus else None)
     try:
         places, room = _places(actors, cpus, gpus, shards)
-        if not room and address == "local":
-            raise UserError(f"no room on this machine for an actor of {places}")
-        if not room:
-            print(f"warning: no node has room for an actor of {places}; waiting until one joins", file=sys.stderr)
+        needed = 1 if shards is not None else places.actors
+        wanted = f"{needed} actors, each of {places}" if needed > 1 else f"an actor of {places}"
+        found = f", only for {room}" if room else ""
+        if room < needed and address == "local":
+            raise UserError(f"no room on this machine for {wanted}{found}")
+        if room < needed:
+            print(f"warning: the cluster has no room for {wanted}{found}; waiting until it has", file=sys.stderr)
         yield places
     finally:
         ray.shutdown()
@@ -97,18 +102,21 @@ def _connect(address: str, cores_wanted: int | None) -> None:
         raise UserError(f"--address {address}: no Ray to join there ({reason})") from None
 
 
-def _places(actors: int | None, cpus: int | None, gpus: float | None, shards: int) -> tuple[Places, bool]:
-    """What the cluster has room for now, and whether there is any node for such an actor at all."""
+def _places(actors: int | None, cpus: int | None, gpus: float | None, shards: int | None) -> tuple[Places, int]:
+    """What actors take, and how many of them the cluster has room for now."""
     nodes = _nodes()
     if gpus is None:
         gpus = 1.0 if any(node.get("GPU", 0) for node in nodes) else 0.0
     if cpus is None:
         cpus = 1
         if not gpus:  # few shards get more cores each, the same in a run that goes on: it has as many shards
-            cores = [int(node.get("CPU", 0)) for node in nodes]
-            cpus = max(1, min(max(cores, default=1), sum(cores) // max(shards, actors or 1)))
+            cores = [int(node["CPU"]) for node in nodes if node.get("CPU")]
+            shares = max(1, actors or 0, len(cores) if shards is None and not actors else shards or 0)
+            cpus = max(1, min(max(cores, default=1), sum(cores) // shares))
+            while cpus > 1 and sum(_fit(node, cpus, gpus) for node in nodes) < (actors or shares):
+                cpus -= 1  # what is left over on one node is of no use to an actor on another
     room = sum(_fit(node, cpus, gpus) for node in nodes)
-    return Places(actors or max(1, room), cpus, gpus, fixed=actors is not None), room > 0
+    return Places(actors or max(1, room), cpus, gpus, fixed=actors is not None), room
 
 
 def _nodes() -> list[dict[str, float]]:

@@ -160,10 +160,12 @@ class Pool:
                 ray.kill(actor, no_restart=False)
                 self._start(actor)
             elif self._starting or self._idle or self._busy:
+                ray.kill(actor)  # nobody would use what it holds
                 tqdm.write(f"warning: an actor could not be started: {_last_line(error)}", file=sys.stderr)
             else:
                 raise UserError(f"no actor could be started: {_last_line(error)}") from None
         else:
+            del self._failed_starts[actor]
             self._idle.append(actor)
 
     def _poll(self) -> None:

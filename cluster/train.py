@@ -84,8 +84,9 @@ def train(task: Task, config: TrainingConfig) -> TrainingSummary:
     folder = storage.absolute(config.out)
     deepspeed = training_config.read(config.deepspeed)
     task.steps_per_epoch(1)  # refuses what cannot be trained on, before Ray is started
-    flags = (config.address, config.workers, config.cpus_per_worker, config.gpus_per_worker)
-    with connected(*flags, shards=1) as places:  # without GPUs: one worker a machine, with all its cores
+    # A training that goes on has as many workers as before, whatever machines are up by now.
+    workers = config.workers or training_folder.workers(folder)
+    with connected(config.address, workers, config.cpus_per_worker, config.gpus_per_worker, shards=None) as places:
         steps = max(1, round(config.epochs * task.steps_per_epoch(config.batch * config.accumulate * places.actors)))
         settings = {
             "task": task.settings(),
@@ -138,9 +139,10 @@ def _check(config: TrainingConfig) -> None:
     for name in ("epochs", "learning_rate"):
         if not getattr(config, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0")
-    for name in ("max_failures", "gpus_per_worker"):
-        if (getattr(config, name) or 0) < 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 0")
+    if config.max_failures < 0:
+        raise UserError(f"--max-failures {config.max_failures}: must be at least 0")
+    if config.gpus_per_worker not in (None, 0, 1):  # DeepSpeed puts a process on one GPU of its own
+        raise UserError(f"--gpus-per-worker {config.gpus_per_worker:g}: must be 0 or 1")
 
 
 def _fit(plan: Plan, max_failures: int, title: str) -> int:

@@ -75,9 +75,9 @@ def add_training(parser: argparse.ArgumentParser, default: TrainingConfig) -> No
 
     add = parser.add_argument_group("machines").add_argument
     add("--address", help="Ray cluster to join: auto or HOST:PORT (RAY_ADDRESS, else a local Ray)")
-    add("--workers", type=int, help="processes that train together (one a GPU, or one a machine without GPUs)")
+    add("--workers", type=int, help="processes that train together (as before; at first one a GPU, else one a machine)")
     add("--cpus-per-worker", type=int, help="cores of a worker")
-    add("--gpus-per-worker", type=float, help="GPUs of a worker, 0 for none")
+    add("--gpus-per-worker", type=float, help="1, or 0 for none")
 
 
 def config(args: argparse.Namespace) -> TrainingConfig:

@@ -46,6 +46,19 @@ def prepare(folder: str, settings: Mapping[str, Any]) -> str:
     return fingerprint
 
 
+def workers(folder: str) -> int | None:
+    """How many workers the training of this folder has; None where there is none yet.
+
+    Raises:
+        UserError: its settings are damaged, or cannot be read.
+    """
+    try:
+        found = _read(storage.join(folder, SETTINGS))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be used ({storage.one_line(error)}); give another --out") from None
+    return None if found is None else found["settings"]["workers"]
+
+
 def holds(folder: str, fingerprint: str) -> bool:
     """Whether the folder is that of the training with this fingerprint, as seen from this machine."""
     found = _read(storage.join(folder, SETTINGS))

@@ -1,7 +1,8 @@
 """Prune a CLIP, classify a folder of photos with it, and see how much faster it has become.
 
 python examples/prune_my_clip.py                                              # the embedded CLIP and its images
-python examples/prune_my_clip.py --model ViT-B-16 --pretrained openai --how my-bundle --images photos --classes cat dog
+python examples/prune_my_clip.py --model ViT-B-16-quickgelu --pretrained openai --how my-bundle \\
+    --images photos --classes cat dog
 """
 
 from __future__ import annotations

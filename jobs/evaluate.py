@@ -78,13 +78,10 @@ def job(args: argparse.Namespace) -> EvaluationJob:
     if args.save_bundle and "://" in args.save_bundle:
         raise UserError(f"--save-bundle {args.save_bundle}: must be a folder of this machine")
     folder = args.rankings or (None if args.shards else "test-rankings")
-    model, pretrained, uris = args.model, args.pretrained, args.shards
-    if folder is not None:
-        corpus = rankings.open(folder)
-        about = corpus.settings.get("about", {})
-        if model is None:
-            model, pretrained = about.get("model"), about.get("pretrained")
-        uris = uris or corpus.shards()
+    model, pretrained = args.model, args.pretrained
+    if folder is not None and model is None:
+        about = rankings.open(folder).settings.get("about", {})
+        model, pretrained = about.get("model"), about.get("pretrained")
     if model is None:
         raise UserError("--shards needs --model: an open_clip name, or embedded for the model in this project")
     embedded = model in ("embedded", assets.MODEL)
@@ -92,7 +89,7 @@ def job(args: argparse.Namespace) -> EvaluationJob:
         raise UserError("--pretrained needs --model, an open_clip name")
     own_classes = args.classes or args.class_embeddings or args.prototypes or folder or not embedded
     return EvaluationJob(
-        shards=uris,
+        shards=args.shards,
         out=args.out,
         model=assets.MODEL if embedded else model,
         pretrained=pretrained,

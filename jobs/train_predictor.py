@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     training_flags.add_images(result)
     add = result.add_argument_group("predictor").add_argument
     add("--loss", default="bce", help=f"{', '.join(LOSSES)} (%(default)s)")
-    add("--target", help=f"what it learns, {' or '.join(TARGETS)} (score after a one-shot search by scores, else rank)")
+    add("--target", help=f"what it learns, {' or '.join(TARGETS)} (score after the paper's search, else rank)")
     add("--width", type=int, default=64, help="channels are projected to this first; 0 mixes all (%(default)s)")
     add("--expansion", type=float, default=2.0, help="hidden width as a multiple of the input (%(default)g)")
     add("--no-class-token", action="store_true", help="leave the class token out of its input")
@@ -45,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     tower = images.tower
     shape = PredictorConfig(tower.grid, tower.width, args.width or None, args.expansion, not args.no_class_token)
     search = images.pairs.corpus.settings["search"]
-    # The scores of other searches are of different steps, and cannot be compared with each other.
-    comparable = search["steps"] == 1 and search.get("rank_by", "scores") == "scores"
+    # The scores of other searches are of different steps, and cannot be compared with each other; probabilities are 1,
+    # as the tables keep them, where the model is sure.
+    comparable = search["steps"] == 1 and search["rank_by"] == "scores" and search["score"] == "preservation"
     task = PredictorTask(images, shape, args.loss, args.target or ("score" if comparable else "rank"), args.keep)
     try:
         summary = train(task, training_flags.config(args))

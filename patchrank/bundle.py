@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from patchrank import classes, predictor, prompts, storage
 from patchrank.classes import CLASSES_FILE
 from patchrank.errors import UserError
-from patchrank.models import Model, dtype_name, tower_digest
+from patchrank.models import Model, dtype_name, open_clip_name, tower_digest
 from patchrank.predictor import Predictor, PredictorConfig
 from patchrank.prompts import TokensConfig, VisualTokens
 from patchrank.vit import Tower
@@ -147,7 +147,7 @@ class Bundle(
         visual = model.visual
         bundle = cls(
             model={
-                "name": about["name"],
+                "name": open_clip_name(about["name"], about["pretrained"]),
                 "pretrained": None if about["pretrained"] is None else os.path.basename(about["pretrained"]),
                 "weights": {dtype_name(dtype): tower_digest(visual, dtype) for dtype in _DTYPES},
                 "cut": about["cut"],

@@ -77,7 +77,7 @@ def templates(values: Sequence[str]) -> list[Template]:
     for value in values:
         if value in TEMPLATES:
             result.extend(TEMPLATES[value])
-        elif value.count("{}") == 1 and value.replace("{}", "").count("{") == 0:
+        elif value.count("{}") == 1 and not set("{}") & set(value.replace("{}", "")):
             result.append(value)
         else:
             raise UserError(f"--templates {value!r}: must hold one {{}}, or be one of {', '.join(TEMPLATES)}")
@@ -108,8 +108,9 @@ def from_text(model: Model, names: Sequence[str], prompts: Sequence[Template]) -
         UserError: the model was loaded without its text tower.
     """
     identity = text_identity(model, names, prompts)
+    functions = [prompt.format if isinstance(prompt, str) else prompt for prompt in prompts]
     weights = open_clip.build_zero_shot_classifier(
-        model.clip, model.tokenizer(), list(names), list(prompts), use_tqdm=sys.stderr.isatty() and len(names) > 10
+        model.clip, model.tokenizer(), list(names), functions, use_tqdm=sys.stderr.isatty() and len(names) > 10
     )  # (E, K)
     return Classes(weights.T.float().contiguous(), identity, list(names))
 

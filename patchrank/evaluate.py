@@ -117,7 +117,10 @@ class _Merging:
 
     def __call__(self, keep: float) -> nn.Module:
         if keep not in self.made:
-            self.made[keep] = pruned_tower(MERGING, self.tower.visual, self.tower.cut, keep)
+            merged = pruned_tower(MERGING, self.tower.visual, self.tower.cut, keep)
+            assert isinstance(merged, MergedTower)
+            # Where nothing merges it would be open_clip's own forward pass, which a tower's mix of dtypes is not for.
+            self.made[keep] = merged if any(merged.merges) else self.tower
         return self.made[keep]
 
 

@@ -59,7 +59,7 @@ class Features:
     ) -> None:
         if not storage.is_local(folder):
             raise UserError(f"--cache-features {folder}: must be a local folder")
-        made_by = f"{weights} {tower.cut} {tower.dtype} {limit}"
+        made_by = f"{weights} {tower.cut} {tower.dtype} {limit} {getattr(tower.visual, 'preprocess_cfg', None)}"
         self.folder = storage.join(storage.absolute(folder), hashlib.sha256(made_by.encode()).hexdigest()[:16])
         self.tower, self.preprocess, self.limit, self.size = tower, preprocess, limit, size
         self._open: dict[str, tuple[dict[str, int], Any]] = {}  # by shard: rows by key, and the file's tensor

@@ -70,7 +70,6 @@ def load(name: str, pretrained: str | None = None) -> Model:
         UserError: unknown model or tag, a file that does not fit, or an image tower of another kind.
     """
     schema, _ = parse_model_name(name)
-    quick_gelu = False
     if schema is None:
         config = open_clip.get_model_config(name.replace("/", "-"))
         if config is None:
@@ -79,15 +78,13 @@ def load(name: str, pretrained: str | None = None) -> Model:
             tags = open_clip.list_pretrained_tags_by_model(name)
             known = f" ({', '.join(tags)})" if tags else ""
             raise UserError(f"--model {name} needs --pretrained: a weights file or one of open_clip's tags{known}")
-        quick_gelu = _needs_quick_gelu(name, pretrained)
     with _quiet():
         image_tower = _image_tower_weights(pretrained) if schema is None and os.path.isfile(str(pretrained)) else None
         try:
             clip = open_clip.create_model(
-                name,
+                open_clip_name(name, pretrained),
                 pretrained=None if image_tower else pretrained,
                 require_pretrained=image_tower is None,
-                force_quick_gelu=quick_gelu,
             )
         except Exception as error:  # open_clip raises what its libraries raise: network, file and shape errors alike
             raise UserError(f"--model {name} --pretrained {pretrained}: {_short(error)}") from None
@@ -109,14 +106,27 @@ def tower_digest(visual: VisionTransformer, dtype: torch.dtype = torch.float32) 
 
     A tower that is kept in a lower precision has the digest of the float32 one in that precision.
     """
-    # The same weights with another activation, norm or number of heads make another model.
-    structure = f"{visual} {visual.transformer.resblocks[0].attn.num_heads}"
+    # The same weights make another model with other heads, patches, activations or norms. Facts rather than the text
+    # that PyTorch prints of a module: that changes with its version, and with what open_clip builds in low precision.
+    block = visual.transformer.resblocks[0]
+    structure = (
+        f"heads {block.attn.num_heads} grid {visual.grid_size} patch {visual.conv1.stride} "
+        f"activation {type(block.mlp.gelu).__name__} {getattr(block.mlp.gelu, 'approximate', None)} "
+        f"norms {[module.eps for module in visual.modules() if isinstance(module, torch.nn.LayerNorm)]} "
+        f"pooled before the last {visual.final_ln_after_pool}"
+    )
     return digest({key: value.to(dtype) for key, value in visual.state_dict().items()}, structure)
 
 
-def _needs_quick_gelu(name: str, pretrained: str) -> bool:
-    """Whether the weights of a tag were trained with QuickGELU; open_clip only warns where the name does not say so."""
-    return bool(open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained).get("quick_gelu"))
+def open_clip_name(name: str, pretrained: str | None) -> str:
+    """The name under which open_clip builds a model as its weights were trained.
+
+    Those of OpenAI and some others were trained with QuickGELU, and "ViT-B-16" has none, whatever the tag: open_clip
+    only warns. "ViT-B-16-quickgelu" has it.
+    """
+    quick = f"{name.replace('/', '-')}-quickgelu"
+    tagged = pretrained is not None and open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained)
+    return quick if tagged and tagged.get("quick_gelu") and open_clip.get_model_config(quick) else name
 
 
 def _image_tower_weights(path: str | None) -> dict[str, Tensor] | None:
@@ -175,5 +185,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _cpu_has_bfloat16() -> bool:
-    capabilities = torch.cpu.get_capabilities()
+    # Before PyTorch had this function, float32 was what a CPU got.
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -1,6 +1,6 @@
 """Three lines make an open_clip model drop the patch tokens that do not matter:
 
-model, _, preprocess = open_clip.create_model_and_transforms("ViT-B-16", pretrained="openai")
+model, _, preprocess = open_clip.create_model_and_transforms("ViT-B-16-quickgelu", pretrained="openai")
 patchrank.prune(model, "my-bundle", keep=0.6)
 embeddings = model.encode_image(images)
 

@@ -200,6 +200,11 @@ def class_sums(
     for images in batches(samples, preprocess, batch, reject, threads):
         embeddings = F.normalize(tower(images.pixels), dim=-1).double().cpu()  # (B, E)
         labels = torch.tensor([label for label in images.labels if label is not None])  # (B,)
+        finite = embeddings.isfinite().all(dim=1)  # (B,); False where a low precision overflowed
+        progress.rejects += int((~finite).sum())
+        embeddings, labels = embeddings[finite], labels[finite]
+        if not len(labels):
+            continue
         grow = max(0, int(labels.max()) + 1 - len(sums))
         sums, counts = F.pad(sums, (0, 0, 0, grow)), F.pad(counts, (0, grow))
         sums.index_add_(0, labels, embeddings)

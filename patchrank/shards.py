@@ -102,7 +102,7 @@ def read(uri: str, limit: int | None = None) -> Iterator[Sample | Reject]:
     `captions` of `json`, a text or a list of texts. Hidden files and other extensions are ignored.
 
     A `Reject` is a sample without an image, with an unreadable label or with a file that is larger than any image
-    within the limit on pixels (`images.max_bytes`), or one whose key was yielded before.
+    within the limit on pixels (`images.max_bytes`), or one whose key an accepted sample had before.
 
     Args:
         uri: a tar, plain or gzip (told by content, not by name), on disk, s3:// or gs://.
@@ -161,20 +161,20 @@ def readable(uri: str) -> Iterator[None]:
         raise UserError(f"{uri}: {error}") from None
 
 
-def _expand(spec: str, lists: tuple[str, ...]) -> Iterator[str]:
-    """The shards of one spec. `lists` are the list files that led to it."""
+def _expand(spec: str, lists: tuple[str, ...], base: str = "") -> Iterator[str]:
+    """The shards of one spec. `lists` are the list files that led to it, `base` the folder that it is relative to."""
     try:
         words = list(braceexpand(spec))
     except ValueError as error:
         raise UserError(f"{spec}: {one_line(error)}") from None
     for word in words:
-        options = None if storage.is_local(word) else _QUERY.search(word)
+        options = None if storage.is_local(base or word) else _QUERY.search(word)
         query = options.group() if options else ""
         name = word.removesuffix(query)
-        path = storage.absolute(name)
+        path = storage.absolute(_join(base, name))
         if wildcard := re.search(r"[*?[]", name):
             slash = name.rfind("/", 0, wildcard.start()) + 1
-            yield from _matches(word, storage.absolute(name[:slash]), name[slash:], query)
+            yield from _matches(word, storage.absolute(_join(base, name[:slash])), name[slash:], query)
         elif path.endswith(LIST_SUFFIXES):
             yield from _listed(path, query, lists)
         elif path.endswith(SHARD_SUFFIXES):
@@ -223,8 +223,13 @@ def _listed(path: str, query: str, lists: tuple[str, ...]) -> Iterator[str]:
     for line in map(str.strip, lines):
         if line and not line.startswith("#"):
             relative = storage.is_local(line) and not os.path.isabs(os.path.expanduser(line.removeprefix("file://")))
-            spec = storage.join(os.path.dirname(path), line) + query if relative else line
-            yield from _expand(spec, (*lists, path))
+            spec, base = (line + query, os.path.dirname(path)) if relative else (line, "")
+            yield from _expand(spec, (*lists, path), base)
+
+
+def _join(base: str, name: str) -> str:
+    """A name below a folder, whose own name is no pattern whatever is in it."""
+    return storage.join(base, name) if base else name
 
 
 def _info(uri: str) -> fs.FileInfo:

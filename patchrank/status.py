@@ -133,7 +133,9 @@ def read(folder: str, now: float | None = None) -> Status:
         run = _run(folder)
         shards = _shards(folder)
         files = parquet_files(folder)
-        failed = {record["shard"]: record["error"] for record in rankings.failures(folder)}
+        names = {file_name(shard).removesuffix(".parquet"): shard for shard in shards}
+        # A record that is damaged gives the name of its file for that of its shard.
+        failed = {names.get(one["shard"], one["shard"]): one["error"] for one in rankings.failures(folder)}
         corpus = rankings.open(folder) if files else None
         images = len(corpus) if corpus else 0
         reasons = Counter(corpus.rejects()["reason"].to_pylist() if corpus else [])

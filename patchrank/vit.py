@@ -85,13 +85,15 @@ class Tower(nn.Module):
         self.visual = copy.deepcopy(visual).eval().requires_grad_(False)
         for block in self.visual.transformer.resblocks:
             fuse_quick_gelu(block.mlp)
-        self.visual.to(device=device, dtype=dtype)
-        for module in self.visual.modules():
-            if isinstance(module, LayerNormFp32):  # casts its input to float32, and so needs float32 weights
-                module.float()
         exact = torch.float64 if dtype == torch.float64 else torch.float32
-        self.visual.ln_post.to(exact)
-        self.visual.proj.data = self.visual.proj.data.to(exact)
+        norms = [module for module in self.visual.modules() if isinstance(module, LayerNormFp32)]  # cast their inputs
+        unrounded = [(norm, norm.state_dict(), torch.float32) for norm in norms]
+        unrounded.append((self.visual.ln_post, self.visual.ln_post.state_dict(), exact))
+        proj = self.visual.proj.data
+        self.visual.to(device=device, dtype=dtype)
+        for norm, weights, precision in unrounded:
+            norm.to(precision).load_state_dict(weights)
+        self.visual.proj.data = proj.to(device, exact)
         self.grid: tuple[int, int] = tuple(visual.grid_size)
 
     @property

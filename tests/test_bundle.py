@@ -121,6 +121,11 @@ def test_a_model_in_lower_precision_is_known_again(trained, clip):
         low.visual.original.conv1.weight.data[0, 0, 0, 0] += 1
         with pytest.raises(UserError, match="this bundle is for"):
             patchrank.prune(low, bundle, keep=0.5)
+    for precision in ("fp16", "bf16", "pure_fp16"):  # the first two keep layer norms in float32
+        low = open_clip.create_model(model.name, precision=precision).eval()
+        patchrank.prune(low, bundle, keep=0.5)
+        images = torch.randn(1, 3, 24, 24, dtype=low.visual.original.conv1.weight.dtype)
+        assert low.encode_image(images).isfinite().all()
     with pytest.raises(UserError, match="a model in float64 cannot be told"):
         patchrank.prune(clip.double(), bundle)
 

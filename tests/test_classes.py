@@ -35,10 +35,17 @@ def test_an_ensemble_is_the_normalised_mean(model):
     torch.testing.assert_close(found.embeddings[0], expected)
 
 
+def test_templates_by_name_and_by_text_together(model):
+    prompts = classes.templates(["photo", "one {} here"])
+    found = classes.from_text(model, ["bag"], prompts)
+    same = classes.from_text(model, ["bag"], classes.templates(["one {} here", "a photo of a {}."]))
+    torch.testing.assert_close(found.embeddings, same.embeddings)
+
+
 def test_templates_by_name_and_by_text():
     assert len(classes.templates(["imagenet"])) == 80
     assert len(classes.templates(["imagenet-simple", "a {}."])) == 8
-    for wrong in ("a photo", "{} and {}", "{0}", "{name}", "imagenett"):
+    for wrong in ("a photo", "{} and {}", "{0}", "{name}", "a {}}", "imagenett"):
         with pytest.raises(UserError, match="--templates"):
             classes.templates([wrong])
 
@@ -98,9 +105,14 @@ def test_bad_models_are_named(name, pretrained, words):
 
 
 def test_tags_trained_with_quick_gelu_get_it():
-    assert models._needs_quick_gelu("ViT-B-16", "openai")
-    assert not models._needs_quick_gelu("ViT-B-16", "laion2b_s34b_b88k")
-    assert not models._needs_quick_gelu("ViT-B-16", "some/file.safetensors")
+    assert models.open_clip_name("ViT-B/16", "openai") == "ViT-B-16-quickgelu"
+    for name, pretrained in (
+        ("ViT-B-16-quickgelu", "openai"),
+        ("ViT-B-16", "laion2b_s34b_b88k"),
+        ("ViT-B-16", "some/file.safetensors"),
+        ("local-dir:some/folder", None),
+    ):
+        assert models.open_clip_name(name, pretrained) == name
 
 
 def test_weights_of_another_model_are_refused(tmp_path):

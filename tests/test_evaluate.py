@@ -281,6 +281,14 @@ def test_an_image_that_overflows_in_one_way_of_pruning_is_rejected(data):
     assert [(reject.key, "float32" in reject.reason) for reject in found.rejects] == [("0-8", False), ("0-2", True)]
 
 
+def test_at_keep_1_every_way_of_pruning_leaves_a_tower_of_low_precision_as_it_is(data):
+    model = models.load(f"local-dir:{data / 'model'}")
+    tower = Tower(model.visual, dtype=torch.bfloat16)
+    methods = evaluate.methods(["random", "class-attention", "token-merging"], tower, None)
+    found = ShardEvaluator(tower, methods, [1.0], model.preprocess()).evaluate(str(data / "images-0.tar"))
+    assert len(found.table) == 8 * 4 and min(found.table["cosine"].to_pylist()) > 0.9999
+
+
 def test_held_out_images_alone_and_images_without_a_ranking(data, tmp_path):
     model = models.load(f"local-dir:{data / 'model'}")
     tower = Tower(model.visual)

@@ -73,6 +73,8 @@ def test_they_are_computed_once_for_a_model_cut_and_limit(tower, shard, tmp_path
     assert ask(tower, limit=2) == 2
     assert ask(Tower(small_clip().visual, 3, torch.bfloat16)) == 5
     assert ask(tower) == 0
+    tower.visual.preprocess_cfg = {"mean": (0.5, 0.5, 0.5)}
+    assert ask(tower) == 5
     assert not list((tmp_path / "cache").rglob(".*"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import numpy as np
@@ -42,6 +43,18 @@ def test_class_sums_are_those_of_the_models_own_embeddings(small_clip, shard, nu
     torch.testing.assert_close(sums[:3], expected, atol=1e-6, rtol=0)
     assert counts.tolist() == [2, 1, 2] + [0] * ((num_classes or 3) - 3)
     assert (progress.images, progress.rejects) == (5, 2)
+
+
+def test_an_image_that_overflows_is_left_out_of_its_class(small_clip, shard):
+    uri, pixels = shard
+    tower = Tower(small_clip().visual)
+    usual, progress = tower.forward, Progress()
+    tower.forward = lambda images: usual(images).masked_fill(
+        (images == pixels[5]).all(dim=(1, 2, 3))[:, None], math.inf
+    )
+    sums, counts = class_sums(tower, uri, to_tensor, 3, batch=1, progress=progress)
+    torch.testing.assert_close(sums[0], F.normalize(usual(pixels[:1]), dim=-1)[0].double())
+    assert counts.tolist() == [1, 1, 2] and (progress.images, progress.rejects) == (4, 3)
 
 
 def test_the_batch_does_not_show_in_the_table(small_clip, shard):

@@ -86,6 +86,14 @@ def test_expand_a_list_file(tree, monkeypatch):
     assert shards.expand([f"{tree}/c/shards.txt", f"{tree}/c/more.list"]) == expected
 
 
+def test_expand_a_list_file_in_a_folder_with_wildcards_in_its_name(tree, monkeypatch):
+    (tree / "a").rename(tree / "[a]{1}")
+    (tree / "[a]{1}" / "shards.txt").write_text("x-{000..001}.tar\nsub/*.tar\n*.tgz\n")
+    expected = [f"{tree}/[a]{{1}}/{name}" for name in ("x-000.tar", "x-001.tar", "sub/z.tar", "x-010.tgz")]
+    monkeypatch.chdir(tree / "[a]{1}")
+    assert shards.expand(["shards.txt"]) == expected
+
+
 def test_what_expand_refuses(tree):
     (tree / "empty.txt").write_text("# nothing\n")
     (tree / "loop.txt").write_text("loop.txt\n")

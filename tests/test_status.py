@@ -76,6 +76,15 @@ def test_a_driver_that_says_nothing_more_has_died(tmp_path):
     assert found.running == {SHARDS[4]: 0}
 
 
+def test_a_damaged_failure_record_is_a_failure_of_its_shard(tmp_path):
+    half_way(str(tmp_path))
+    write(str(tmp_path), SHARDS[2], rejects=2)  # the rows before the damage
+    (record,) = (tmp_path / "failed").iterdir()
+    record.write_bytes(b"")
+    found = status.read(str(tmp_path), now=1105.0)
+    assert found.done == 2 and list(found.failed) == [SHARDS[2]] and "is damaged" in found.failed[SHARDS[2]]
+
+
 def test_a_run_that_ended_and_one_that_is_through(tmp_path):
     folder = str(tmp_path)
     run = half_way(folder)

@@ -132,7 +132,7 @@ def test_a_stopped_training_goes_on_where_it_was_and_ends_the_same(line, undistu
 
 def test_a_finished_training_has_nothing_to_do(line, undisturbed):
     before = (undisturbed / "line.safetensors").stat().st_mtime_ns
-    done = line(undisturbed)
+    done = line(undisturbed, workers=None)  # as many as it had, though there is room for more
     assert done.resumed == done.steps == 60 and done.after["error"] < 0.05
     assert (undisturbed / "line.safetensors").stat().st_mtime_ns == before
 
@@ -199,7 +199,12 @@ def test_bad_deepspeed_configurations_are_refused(tmp_path, text, words):
 
 @pytest.mark.parametrize(
     "changes, words",
-    [({"batch": 0}, "--batch 0"), ({"epochs": 0}, "--epochs 0"), ({"learning_rate": float("nan")}, "--learning-rate")],
+    [
+        ({"batch": 0}, "--batch 0"),
+        ({"epochs": 0}, "--epochs 0"),
+        ({"learning_rate": float("nan")}, "--learning-rate"),
+        ({"gpus_per_worker": 0.5}, "--gpus-per-worker 0.5: must be 0 or 1"),
+    ],
 )
 def test_flags_that_make_no_sense_are_refused(line, tmp_path, changes, words):
     with pytest.raises(UserError, match=words):

@@ -86,7 +86,9 @@ def test_low_precision_stays_close(small_clip, vision, dtype, tolerance):
 def test_the_model_is_left_alone(small_clip):
     model = small_clip()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    Tower(model.visual, dtype=torch.bfloat16)
+    tower = Tower(model.visual, dtype=torch.bfloat16)
+    assert torch.equal(tower.visual.proj, model.visual.proj) and tower.visual.conv1.weight.dtype == torch.bfloat16
+    assert torch.equal(tower.visual.ln_post.weight, model.visual.ln_post.weight)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert model.visual.proj.dtype == torch.float32
 

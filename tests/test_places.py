@@ -1,0 +1,45 @@
+"""What actors take and how many there are, on machines that are made up; tests of searches use real ones."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster import places
+from cluster.places import connected
+from patchrank.errors import UserError
+
+GPU = {"CPU": 8.0, "GPU": 4.0}
+
+
+@pytest.mark.parametrize(
+    "cores, actors, shards, expected",
+    [
+        ([8], None, 1000, (8, 1)),
+        ([8], None, 2, (2, 4)),
+        ([8], 3, 2, (3, 2)),
+        ([8, 8], 3, None, (3, 4)),  # a third of 16 cores would leave no room for the third
+        ([8, 8, 8], 4, None, (4, 4)),
+        ([8, 8], None, 3, (4, 4)),
+        ([0, 8, 8], None, None, (2, 8)),  # together, one a machine
+        ([16, 8, 8, 8], None, None, (5, 8)),
+        ([], None, None, (1, 1)),  # none yet
+    ],
+)
+def test_cores_are_shared_out_so_that_all_find_room(monkeypatch, cores, actors, shards, expected):
+    monkeypatch.setattr(places, "_nodes", lambda: [{"CPU": float(count)} for count in cores])
+    found, room = places._places(actors, None, None, shards)
+    assert (found.actors, found.cpus) == expected and found.gpus == 0
+    assert room >= found.actors or not cores
+
+
+@pytest.mark.parametrize("shards, warned", [(1000, False), (None, True)])
+def test_who_works_together_is_not_begun_with_less_room(monkeypatch, capsys, shards, warned):
+    monkeypatch.setattr(places, "_connect", lambda *_: None)
+    monkeypatch.setattr(places, "_nodes", lambda: [GPU])
+    with connected("cluster:6379", 5, None, None, shards) as found:
+        assert (found.actors, found.cpus, found.gpus) == (5, 1, 1)
+    warning = "the cluster has no room for 5 actors, each of 1 CPUs and 1 GPUs, only for 4; waiting until it has"
+    assert (warning in capsys.readouterr().err) == warned
+    if warned:
+        with pytest.raises(UserError, match=r"no room on this machine for 5 actors, .*, only for 4"):
+            connected("local", 5, None, None, shards).__enter__()
