@@ -1,9 +1,8 @@
 """Evaluate ways of pruning side by side: accuracy, cosine, multiply-adds and time against keep rate.
 
-    python jobs/evaluate.py                                                 what `make pipeline` has left
-    python jobs/evaluate.py --rankings test-rankings --predictor predictor --tokens tokens --save-bundle my-bundle
+    python jobs/evaluate.py --predictor predictor --tokens tokens --save-bundle bundle       as `make pipeline` does
     python jobs/evaluate.py --shards data/test.tar --model ViT-B-16 --pretrained openai --bundle my-bundle \\
-        --classes data/classnames.json
+        --classes data/classnames.json --out my-evaluation
 
 The images should be such that nothing was trained on them: rankings of a search of their own, or, with --held-out, the
 share that training left out. Stopped at any time, the same command goes on where it was.

@@ -11,7 +11,8 @@ import os
 import pytest
 import torch
 
-from patchrank import images, models, shards
+from benchmarks.precision import KEEP_RATES, RoundedProducts, judge
+from patchrank import models, shards
 from patchrank.search import SearchConfig, Searcher, tokens_kept
 from patchrank.vit import Tower
 
@@ -22,11 +23,14 @@ pytestmark = [
 ]
 
 
-def test_the_default_search_keeps_the_embedding_where_random_tokens_do_not():
+def model_and_photos(count):
     model = models.load("ViT-B-16-quickgelu", WEIGHTS)
     preprocess = model.preprocess()
-    photos = (sample for sample in shards.read(PHOTOS) if isinstance(sample, shards.Sample))
-    pixels = torch.stack([preprocess(images.decode(photo.image)) for photo in itertools.islice(photos, 4)])
+    return model, torch.stack([preprocess(photo) for _, photo in itertools.islice(shards.photos(PHOTOS), count)])
+
+
+def test_the_default_search_keeps_the_embedding_where_random_tokens_do_not():
+    model, pixels = model_and_photos(4)
     tower = Tower(model.visual, dtype=models.resolve_dtype("auto", gpu=False))
     found = Searcher(tower, SearchConfig(), keep_rates=[0.6], chunk=8).search(pixels)
 
@@ -35,3 +39,19 @@ def test_the_default_search_keeps_the_embedding_where_random_tokens_do_not():
     chance = torch.cosine_similarity(tower.suffix(tokens, random), tower.suffix(tokens))
     assert found.pruned_cosine.mean() > 0.985
     assert (found.pruned_cosine[:, 0] > chance).all()
+
+
+def test_a_low_precision_keeps_other_tokens_that_are_nearly_as_good():
+    model, pixels = model_and_photos(2)
+    tower, rankings = Tower(model.visual), {}
+    paper = SearchConfig(rank_by="scores", steps=1, block=2)
+    lost = 1 - Searcher(tower, paper, keep_rates=[0.6]).search(pixels).pruned_cosine.mean()
+    with torch.inference_mode(), RoundedProducts():
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            found = Searcher(Tower(model.visual, dtype=dtype), SearchConfig()).search(pixels)
+            rankings[models.dtype_name(dtype)] = found.ranking
+    worth = {name: figures[KEEP_RATES.index(0.6)] for name, figures in judge(tower, pixels, rankings).items()}
+    assert 1 - worth["float32"][1] < 0.45 * lost
+    for name, least in (("float16", 0.8), ("bfloat16", 0.7)):
+        same, cosine = worth[name]
+        assert same > least and 1 - cosine < 0.7 * lost
