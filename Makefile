@@ -16,9 +16,10 @@ pipeline: search
 	$(PY) jobs/evaluate.py --predictor predictor --tokens tokens --save-bundle bundle
 	$(PY) jobs/report.py evaluation
 
-# Two processes, for most tests wait for others that they start; those of a file stay together, as they share a Ray.
+# Two processes, for most tests wait for others that they start; those of a file stay together, as they share a Ray. Files
+# by name, so that the longest, tests/cluster, begins.
 test: $(VENV)/installed
-	$(PY) -m pytest --numprocesses 2 --dist loadfile
+	$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check
