@@ -111,8 +111,8 @@ def _places(actors: int | None, cpus: int | None, gpus: float | None, shards: in
         cpus = 1
         if not gpus:  # few shards get more cores each, the same in a run that goes on: it has as many shards
             cores = [int(node["CPU"]) for node in nodes if node.get("CPU")]
-            shares = max(1, actors or 0, len(cores) if shards is None and not actors else shards or 0)
-            cpus = max(1, min(max(cores, default=1), sum(cores) // shares))
+            shares = (actors or len(cores)) if shards is None else max(shards, actors or 1)
+            cpus = max(1, min(max(cores, default=1), sum(cores) // max(1, shares)))
             while cpus > 1 and sum(_fit(node, cpus, gpus) for node in nodes) < (actors or shares):
                 cpus -= 1  # what is left over on one node is of no use to an actor on another
     room = sum(_fit(node, cpus, gpus) for node in nodes)

@@ -185,6 +185,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _cpu_has_bfloat16() -> bool:
-    # Before PyTorch had this function, float32 was what a CPU got.
+    # Older versions of PyTorch cannot tell, and leave it at float32.
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
