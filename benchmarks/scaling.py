@@ -73,7 +73,7 @@ class Sleeper:
         import cluster.progress  # noqa: F401
 
     @ray.method(concurrency_group="progress")
-    def progress(self) -> Any:
+    def progress(self, shard: str) -> Any:
         """How far one of the shards in work is."""
 
         return next(iter([*self._progress.values()]), Progress())

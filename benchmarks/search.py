@@ -29,8 +29,10 @@ import statistics
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -201,13 +203,17 @@ def actor(
         for number, path in enumerate(paths):
             write_photos(path, images, seed=number)
         fingerprint = rankings.prepare(f"{folder}/out", {})
-        searching = 0.0
+        device = threading.Lock()
+
+        def rank(path: str) -> float:
+            progress = Progress()
+            write(f"{folder}/out", fingerprint, path, ranker.rank(path, progress, device))
+            return progress.seconds["search"]
+
         with profile(activities=[ProfilerActivity.CUDA]) if gpu else contextlib.nullcontext() as profiled:
             start = time.perf_counter()
-            for path in paths:
-                progress = Progress()
-                write(f"{folder}/out", fingerprint, path, ranker.rank(path, progress))
-                searching += progress.seconds["search"]
+            with ThreadPoolExecutor(2 if gpu else 1) as pool:  # an actor on a GPU has two shards at once
+                searching = sum(pool.map(rank, paths))
             wall = time.perf_counter() - start
     if profiled is None:
         return wall, searching

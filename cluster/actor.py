@@ -7,8 +7,9 @@ import errno
 import os
 import resource
 import socket
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -85,9 +86,10 @@ class RankingActor:
     def __init__(self) -> None:
         self._tower: Tower | None = None
         self._preprocess: Callable[..., Tensor] | None = None
-        self._progress = Progress()
-        self._chunk: int | None = None  # candidates a forward pass that the memory has room for, once that is known
-        self._metrics = Metrics(self._progress)
+        self._searcher: Searcher | None = None  # kept, for it knows how many candidates the memory has room for
+        self._device = threading.Lock()  # one shard has it, the next is read and decoded meanwhile, the last written
+        self._progress: dict[str, Progress] = {}  # by shard in work
+        self._metrics: dict[str, Metrics] = {}
 
     def ready(self, shared: Shared) -> None:
         """Returns once the model is on the device."""
@@ -103,34 +105,43 @@ class RankingActor:
         return self._tower, self._preprocess
 
     @ray.method(concurrency_group="progress")
-    def progress(self) -> Progress:
-        """How far the shard in work is."""
-        self._metrics.tell()
-        return self._progress
+    def progress(self, shard: str) -> Progress | None:
+        """How far a shard is; None where it is not in work."""
+        if metrics := self._metrics.get(shard):
+            metrics.tell()
+        return self._progress.get(shard)
+
+    @contextlib.contextmanager
+    def _watched(self, shard: str) -> Iterator[Progress]:
+        """What `progress` tells of a shard during the `with` statement."""
+        self._progress[shard] = Progress()
+        try:
+            yield self._progress[shard]
+        finally:
+            del self._progress[shard]
 
     def rank(self, shared: Shared, shard: str, plan: Plan) -> ShardReport:
-        """Rank a shard and write its table and its rejects. Raises OutputError where they cannot be written."""
-        start, self._progress = time.monotonic(), Progress()
-        self._metrics = Metrics(self._progress)
-        check_folder(plan.folder, plan.fingerprint)
-        tower, preprocess = self._load(shared)
-        chunk = self._chunk or plan.candidates_per_batch
-        searcher = Searcher(tower, plan.config, plan.classes, plan.logit_scale, plan.keep_rates, chunk)
-        num_classes = None if plan.classes is None else len(plan.classes)
-        threads = shared.places.threads
-        ranker = ShardRanker(searcher, preprocess, num_classes, plan.images_per_batch, plan.limit, threads)
-        ranked = ranker.rank(shard, self._progress)
-        self._chunk = searcher.candidates.chunk  # smaller by now where memory has run out
-        with self._progress.timed("write"):
-            size = write(plan.folder, plan.fingerprint, shard, ranked)
-        self._metrics.tell()
-        return self._report(ranked, start, size)
+        """Rank a shard and write its table and its rejects. Raises OutputError where they cannot be written.
 
-    def _report(self, found: ShardResult, start: float, size: int) -> ShardReport:
-        """Of a shard that was begun at `start` and whose files take so many bytes."""
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        process = f"{socket.gethostname()} {os.getpid()}"
-        return ShardReport(self._progress, found.error, time.monotonic() - start, size, memory, process)
+        Can be called from several threads: then the device goes from one shard to the next without a break.
+        """
+        start = time.monotonic()
+        with self._watched(shard) as progress:
+            metrics = self._metrics[shard] = Metrics(progress)
+            check_folder(plan.folder, plan.fingerprint)
+            tower, preprocess = self._load(shared)
+            if self._searcher is None:
+                chunk = plan.candidates_per_batch
+                self._searcher = Searcher(tower, plan.config, plan.classes, plan.logit_scale, plan.keep_rates, chunk)
+            num_classes = None if plan.classes is None else len(plan.classes)
+            threads = shared.places.threads
+            ranker = ShardRanker(self._searcher, preprocess, num_classes, plan.images_per_batch, plan.limit, threads)
+            ranked = ranker.rank(shard, progress, self._device)
+            with progress.timed("write"):
+                size = write(plan.folder, plan.fingerprint, shard, ranked)
+            del self._metrics[shard]
+            metrics.tell()
+            return report(ranked, progress, start, size)
 
     def estimate(self, shared: Shared, shard: str, plan: Plan, seconds: float) -> Timing | Failed:
         """How long an image of a shard takes, from about so many seconds of timing; nothing is written."""
@@ -157,15 +168,22 @@ class RankingActor:
         self, shared: Shared, shard: str, num_classes: int | None, images_per_batch: int
     ) -> tuple[Tensor, Tensor, Progress] | Failed:
         """Sums of normalised embeddings by class, and the counts; `Failed` where the shard cannot be read."""
-        self._progress = Progress()
         tower, preprocess = self._load(shared)
-        try:
-            sums, counts = class_sums(
-                tower, shard, preprocess, num_classes, images_per_batch, self._progress, shared.places.threads
-            )
-        except ShardError as error:
-            return Failed(str(error))
-        return sums, counts, self._progress
+        with self._watched(shard) as progress:
+            try:
+                sums, counts = class_sums(
+                    tower, shard, preprocess, num_classes, images_per_batch, progress, shared.places.threads
+                )
+            except ShardError as error:
+                return Failed(str(error))
+            return sums, counts, progress
+
+
+def report(found: ShardResult, progress: Progress, start: float, size: int) -> ShardReport:
+    """Of a shard that was begun at `start` and whose files take so many bytes."""
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    process = f"{socket.gethostname()} {os.getpid()}"
+    return ShardReport(progress, found.error, time.monotonic() - start, size, memory, process)
 
 
 def write(

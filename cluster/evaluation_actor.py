@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cluster.actor import RankingActor, Shared, check_folder, write
+from cluster.actor import RankingActor, Shared, check_folder, report, write
 from cluster.progress import ShardReport
 from patchrank import evaluate, latency, rankings
 from patchrank.bundle import Bundle
 from patchrank.comparison import UNPRUNED
 from patchrank.evaluate import ShardEvaluator
-from patchrank.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class EvaluationActor(RankingActor):
 
     def evaluate(self, shared: Shared, shard: str, plan: EvaluationPlan) -> ShardReport:
         """Evaluate a shard and write its table and its rejects. Raises OutputError where they cannot be written."""
-        start, self._progress = time.monotonic(), Progress()
+        start = time.monotonic()
         check_folder(plan.folder, plan.fingerprint, "evaluation")
         tower, preprocess = self._load(shared)
         evaluator = ShardEvaluator(
@@ -70,10 +69,11 @@ class EvaluationActor(RankingActor):
             plan.match,
             shared.places.threads,
         )
-        found = evaluator.evaluate(shard, self._progress)
-        with self._progress.timed("write"):
-            size = write(plan.folder, plan.fingerprint, shard, found, "evaluation", rankings.serialise)
-        return self._report(found, start, size)
+        with self._watched(shard) as progress:
+            found = evaluator.evaluate(shard, progress)
+            with progress.timed("write"):
+                size = write(plan.folder, plan.fingerprint, shard, found, "evaluation", rankings.serialise)
+            return report(found, progress, start, size)
 
     def latency(self, shared: Shared, item: str, plan: LatencyPlan) -> tuple[list[dict[str, Any]], str]:
         """Seconds a batch and speed-up of every method at every keep rate and batch size, and the device's name."""

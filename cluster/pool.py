@@ -30,12 +30,12 @@ class Failed:
 
 
 class Pool:
-    """Hands items to the actors that are up, one at a time, and takes in actors as the cluster finds room for them.
+    """Hands items to the actors that are up, and takes in actors as the cluster finds room for them.
 
     Ray restarts an actor that dies, where and when there is room; its item goes to whichever actor is free first (Ray's
     own retry would wait for the restarted one, for ever if its node is gone). The class of the actors has methods
-    `ready(shared)` and `progress()`, the latter in the concurrency group "progress", so that it answers while the actor
-    works. A restarted actor knows nothing of earlier calls, so every call brings along what it needs.
+    `ready(shared)` and `progress(item)`, the latter in the concurrency group "progress", so that it answers while the
+    actor works. A restarted actor knows nothing of earlier calls, so every call brings along what it needs.
 
     Args:
         actor_class: of the actors, as a plain class.
@@ -45,6 +45,8 @@ class Pool:
         room: how many actors the cluster has room for by now. Where it grows beyond `size` while items wait, more are
             asked for.
         fatal: exceptions of the actors' methods that end `run`; others fail the item alone.
+        at_once: items that an actor has at a time, each on a thread of its own, while there are enough for all actors.
+            An item that has seen an actor die has the next one to itself: it may be the item's fault.
     """
 
     def __init__(
@@ -56,19 +58,22 @@ class Pool:
         gpus: float,
         fatal: tuple[type[Exception], ...] = (),
         room: Callable[[], int] = lambda: 0,
+        at_once: int = 1,
     ) -> None:
-        self._remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, concurrency_groups={"progress": 1})(
-            actor_class
-        )
+        options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_concurrency": at_once}
+        self._remote = ray.remote(**options, concurrency_groups={"progress": 1})(actor_class)
+        self._at_once = at_once
         self._shared = shared
         self._size = 0
         self._room = room
         self._next_look = time.monotonic() + ROOM_SECONDS
         self._fatal = fatal
         self._starting: dict[Any, Any] = {}  # ready call -> actor
-        self._idle: list[Any] = []
+        self._up: set[Any] = set()  # actors that take items
         self._busy: dict[Any, tuple[Any, str]] = {}  # call -> actor, item
-        self._asked: dict[Any, tuple[Any, float]] = {}  # actor -> its progress() under way, and since when
+        self._killed: set[Any] = set()  # calls that end because another item of their actor failed
+        self._deaths: Counter[str] = Counter()  # by item
+        self._asked: dict[Any, tuple[Any, float]] = {}  # call -> the progress() of its item, and since when
         self._progress: dict[str, Any] = {}  # item in work -> what its actor last said
         self._failed_starts: Counter[Any] = Counter()  # by actor
         self._grow(size)
@@ -76,7 +81,7 @@ class Pool:
     @property
     def actors_up(self) -> int:
         """How many actors work or wait for work."""
-        return len(self._idle) + len(self._busy)
+        return len(self._up)
 
     def running(self) -> dict[str, Any]:
         """The items in work, and what their actors last said of them; None where nothing has been heard yet."""
@@ -102,11 +107,11 @@ class Pool:
             Exception: one of `fatal`, from a method.
         """
         waiting = deque(items)
-        deaths: Counter[str] = Counter()
+        self._deaths.clear()
         next_tick = time.monotonic() + POLL_SECONDS
         while waiting or self._busy:
-            while waiting and self._idle:
-                actor, item = self._idle.pop(), waiting.popleft()
+            while waiting and (actor := self._free(waiting)) is not None:
+                item = waiting.popleft()
                 self._busy[getattr(actor, method).remote(self._shared, item, *arguments)] = (actor, item)
             calls = [*self._starting, *self._busy]
             done, _ = ray.wait(calls, timeout=max(0.0, next_tick - time.monotonic()))
@@ -123,24 +128,51 @@ class Pool:
                     continue
                 actor, item = self._busy.pop(call)
                 self._progress.pop(item, None)
-                self._asked.pop(actor, None)
+                self._asked.pop(call, None)
+                blameless = call in self._killed
+                self._killed.discard(call)
                 try:
                     result = ray.get(call)
-                    self._idle.append(actor)
                 except RayTaskError as error:
                     if isinstance(error.cause, self._fatal):
                         raise error.cause from None
-                    ray.kill(actor, no_restart=False)  # after a CUDA error nothing works in a process: take a new one
-                    self._start(actor)
+                    self._restart(actor)  # after a CUDA error nothing works in a process: take a new one
                     result = Failed(f"{type(error.cause).__name__}: {one_line(error.cause)}")
                 except RayError as error:
-                    self._start(actor)
-                    deaths[item] += 1
-                    if deaths[item] < ATTEMPTS:
+                    if blameless:
+                        waiting.appendleft(item)
+                        continue
+                    self._down(actor)
+                    self._deaths[item] += 1
+                    if self._deaths[item] < ATTEMPTS:
                         waiting.append(item)  # last: if it is the item's fault, the others are done first
                         continue
                     result = Failed(f"its worker died {ATTEMPTS} times: {_last_line(error)}")
                 yield item, result
+
+    def _free(self, waiting: Sequence[str]) -> Any | None:
+        """The actor that is to have the next of the items that wait, one with the fewest; None while all are busy."""
+        held: Counter[Any] = Counter()
+        for actor, item in self._busy.values():
+            held[actor] += self._at_once if self._deaths[item] else 1
+        # A second item is for when there are enough: nobody shall wait for an item that another could have done.
+        enough = len(waiting) >= len(self._up) + len(self._starting)
+        most = self._at_once if enough and not self._deaths[waiting[0]] else 1
+        actor = min(self._up, key=lambda actor: held[actor], default=None)
+        return actor if actor is not None and held[actor] < most else None
+
+    def _restart(self, actor: Any) -> None:
+        """Take a new process for an actor; what else the old one has in work is no item's fault."""
+        if actor in self._up:
+            self._killed.update(call for call, (its, _) in self._busy.items() if its == actor)
+            ray.kill(actor, no_restart=False)
+            self._down(actor)
+
+    def _down(self, actor: Any) -> None:
+        """Ask an actor whose process has ended for a sign of life, once."""
+        if actor in self._up:
+            self._up.remove(actor)
+            self._start(actor)
 
     def _grow(self, size: int) -> None:
         for actor in [self._remote.remote() for _ in range(size - self._size)]:
@@ -159,30 +191,33 @@ class Pool:
             if self._failed_starts[actor] < ATTEMPTS:  # the process before it may still hold the GPU's memory
                 ray.kill(actor, no_restart=False)
                 self._start(actor)
-            elif self._starting or self._idle or self._busy:
+            elif self._starting or self._up:
                 ray.kill(actor)  # nobody would use what it holds
                 tqdm.write(f"warning: an actor could not be started: {_last_line(error)}", file=sys.stderr)
             else:
                 raise UserError(f"no actor could be started: {_last_line(error)}") from None
         else:
             del self._failed_starts[actor]
-            self._idle.append(actor)
+            self._up.add(actor)
 
     def _poll(self) -> None:
         """Collect the answers that have come and ask again; an actor that does not answer is not waited for long."""
-        for actor, item in self._busy.values():
-            call, since = self._asked.get(actor, (None, 0.0))
-            if call is not None and ray.wait([call], timeout=0)[0]:
+        silent = set()
+        for call, (actor, item) in self._busy.items():
+            answer, since = self._asked.get(call, (None, 0.0))
+            if answer is not None and ray.wait([answer], timeout=0)[0]:
                 try:
-                    self._progress[item] = ray.get(call)
+                    self._progress[item] = ray.get(answer)
                 except RayError:
                     self._progress.pop(item, None)  # the actor has died: whoever takes the item begins it anew
-            elif call is not None:
+            elif answer is not None:
                 if time.monotonic() - since < SILENT_SECONDS:
                     continue
                 tqdm.write(f"warning: {item}: its worker has not answered for {SILENT_SECONDS:.0f} s", file=sys.stderr)
-                ray.kill(actor, no_restart=False)
-            self._asked[actor] = (actor.progress.remote(), time.monotonic())
+                silent.add(actor)
+            self._asked[call] = (actor.progress.remote(item), time.monotonic())
+        for actor in silent:
+            ray.kill(actor, no_restart=False)
 
 
 def _last_line(error: RayError) -> str:

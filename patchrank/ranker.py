@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +70,16 @@ class ShardRanker:
         self.limit = limit
         self.threads = threads
 
-    def rank(self, shard: str, progress: Progress | None = None) -> ShardResult:
-        """Search the images of a shard; `progress` is kept up to date meanwhile."""
+    def rank(
+        self, shard: str, progress: Progress | None = None, device: AbstractContextManager[object] | None = None
+    ) -> ShardResult:
+        """Search the images of a shard.
+
+        Args:
+            progress: is kept up to date meanwhile.
+            device: entered once the first images are there, left after the last were searched. A lock makes several
+                threads, each with a shard of its own, take turns.
+        """
         progress = progress or Progress()
         progress.cosine = [0.0] * len(self.searcher.keep_rates)
         rejects: list[Reject] = []
@@ -83,8 +94,11 @@ class ShardRanker:
         overflows: list[Reject] = []  # apart: the thread that reads ahead adds to the others at any time
         try:
             made = batches(samples, self.preprocess, self.batch, reject, self.threads)
-            for batch in ahead(made, pin=self.searcher.tower.device.type == "cuda"):
-                tables.append(self._search(shard, batch, progress, overflows))
+            made = ahead(made, pin=self.searcher.tower.device.type == "cuda")
+            first = next(made, None)
+            with device or contextlib.nullcontext():
+                for batch in itertools.chain([] if first is None else [first], made):
+                    tables.append(self._search(shard, batch, progress, overflows))
         except ShardError as damage:
             error = str(damage)
         progress.rejects = len(rejects) + len(overflows)

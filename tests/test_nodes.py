@@ -26,7 +26,7 @@ class Worker:
         pass
 
     @ray.method(concurrency_group="progress")
-    def progress(self):
+    def progress(self, item):
         return 0
 
     def work(self, folder, item):

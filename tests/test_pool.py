@@ -26,7 +26,7 @@ class Worker:
             raise RuntimeError("no such device")
 
     @ray.method(concurrency_group="progress")
-    def progress(self):
+    def progress(self, item):
         return os.getpid()
 
     def work(self, folder, item, suffix):
@@ -40,6 +40,9 @@ class Worker:
             raise ValueError("two\nlines")
         if item == "fatal":
             raise Fatal("stop")
+        if item.startswith("pair"):
+            while len(list(folder.glob("pair-*"))) < 2:
+                time.sleep(0.02)
         if item == "slow":
             while not (folder / "heard").exists():
                 time.sleep(0.02)
@@ -64,6 +67,23 @@ def test_every_item_is_done_whatever_becomes_of_the_others(tmp_path):
     assert (tmp_path / "die").read_text() == "x" * ATTEMPTS
     assert results["bad"] == Failed("ValueError: two lines")
     assert dict(pool.run("work", ["e"], "?")) == {"e": "e?"}  # the actors are still of use
+
+
+def test_an_actor_has_two_items_at_once(tmp_path):
+    pool = Pool(Worker, tmp_path, size=1, cpus=1, gpus=0, at_once=2)
+    assert set(dict(pool.run("work", ["pair-1", "pair-2"], ""))) == {"pair-1", "pair-2"}
+    assert pool.actors_up == 1
+
+
+def test_what_shares_an_actor_with_a_bad_item_is_done_all_the_same(tmp_path):
+    pool = Pool(Worker, tmp_path, size=1, cpus=1, gpus=0, at_once=2)
+    items = ["die-1", "a", "bad", "b", "die-2", "once", "c"]
+    results = dict(pool.run("work", items, "!"))
+    assert {item for item, result in results.items() if isinstance(result, str)} == {"a", "b", "once", "c"}
+    for item in ("die-1", "die-2"):
+        assert results[item].reason.startswith("its worker died 3 times: ")
+        assert 3 <= len((tmp_path / item).read_text()) <= 4  # once more where "bad" had its process killed
+    assert results["bad"] == Failed("ValueError: two lines")
 
 
 def test_a_fatal_error_ends_the_run(tmp_path):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -69,6 +72,35 @@ def test_the_batch_does_not_show_in_the_table(small_clip, shard):
         by_batch.append(ranked.table.to_pydict())
     assert by_batch[0]["key"] == ["0", "1", "2", "4", "5", "6"]
     assert by_batch[0]["ranking"] == by_batch[1]["ranking"] == by_batch[2]["ranking"]
+
+
+def test_shards_on_threads_take_turns_on_the_device(small_clip, shard):
+    """The second is decoded while the first has the device; both make the tables that they make alone."""
+    ranker = ShardRanker(Searcher(Tower(small_clip().visual), SearchConfig()), to_tensor, batch=2)
+    alone = ranker.rank(shard[0]).table.to_pydict()
+    device, second, events = threading.Lock(), threading.Event(), []
+    usual = ranker.searcher.search
+
+    def search(pixels, labels):
+        events.append(threading.get_ident())
+        assert second.wait(timeout=60)
+        return usual(pixels, labels)
+
+    def to_tensor_2(image):
+        second.set()
+        return to_tensor(image)
+
+    ranker.searcher.search = search
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(ranker.rank, shard[0], None, device)
+        other = copy.copy(ranker)
+        other.preprocess = to_tensor_2
+        while not events:
+            time.sleep(0.01)
+        late = pool.submit(other.rank, shard[0], None, device)
+        results = [first.result(), late.result()]
+    assert [result.table.to_pydict() for result in results] == [alone, alone]
+    assert len(set(events[:3])) == len(set(events[3:])) == 1 and len(set(events)) == 2
 
 
 def test_the_limit_counts_samples(small_clip, shard):

@@ -14,6 +14,8 @@ import webdataset as wds
 from PIL import Image
 from tiny_search import command, once_waiting, search, search_here, tables, wait_for
 
+from cluster import rank
+from cluster.pool import Pool
 from patchrank import rankings
 
 pytest_plugins = ["s3", "tiny_results"]
@@ -31,6 +33,15 @@ def test_every_image_has_its_row(undisturbed):
 
 def test_three_actors_make_the_same_tables(data, undisturbed, address, tmp_path):
     done = search_here(data, tmp_path / "out", "--actors", "3", address=address)
+    assert done.returncode == 0, done.stderr
+    assert tables(tmp_path / "out") == tables(undisturbed)
+
+
+def test_actors_with_two_shards_at_once_make_the_same_tables(data, undisturbed, address, hold, tmp_path, monkeypatch):
+    """As actors on GPUs have; one of them is killed."""
+    monkeypatch.setattr(rank, "Pool", lambda *arguments: Pool(*arguments[:-1], 2))
+    with once_waiting(hold, "1-5", lambda actor: os.kill(actor, signal.SIGKILL)):
+        done = search_here(data, tmp_path / "out", "--actors", "1", address=address)
     assert done.returncode == 0, done.stderr
     assert tables(tmp_path / "out") == tables(undisturbed)
 
