@@ -68,9 +68,12 @@ class Sleeper:
     def __init__(self) -> None:
         self._progress: dict[int, Any] = {}
 
-    def ready(self, shared: None) -> None:
+    def ready(self, shared: None) -> str:
         """Returns once the modules of a real actor's report are there."""
         import cluster.progress  # noqa: F401
+        from cluster.pool import process_id
+
+        return process_id()
 
     @ray.method(concurrency_group="progress")
     def progress(self, shard: str) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cluster.metrics import Metrics
 from cluster.places import Places
-from cluster.pool import Failed
+from cluster.pool import Failed, process_id
 from cluster.progress import ShardReport
 from patchrank import rankings, shards, storage
 from patchrank.estimate import seconds_per_image
@@ -87,22 +87,32 @@ class RankingActor:
         self._tower: Tower | None = None
         self._preprocess: Callable[..., Tensor] | None = None
         self._searcher: Searcher | None = None  # kept, for it knows how many candidates the memory has room for
+        self._loading = threading.Lock()
         self._device = threading.Lock()  # one shard has it, the next is read and decoded meanwhile, the last written
         self._progress: dict[str, Progress] = {}  # by shard in work
         self._metrics: dict[str, Metrics] = {}
 
-    def ready(self, shared: Shared) -> None:
-        """Returns once the model is on the device."""
+    def ready(self, shared: Shared) -> str:
+        """Returns the process's id, once the model is on the device."""
         self._load(shared)
+        return process_id()
 
     def _load(self, shared: Shared) -> tuple[Tower, Callable[..., Tensor]]:
-        if self._tower is None or self._preprocess is None:
-            torch.set_num_threads(shared.places.cpus)
-            torch.backends.cudnn.allow_tf32 = False  # in convolutions PyTorch has it on, and float32 is not float32
-            limit_pixels(shared.max_pixels)
-            self._tower = ray.get(shared.tower).to("cuda" if shared.places.gpu else "cpu")
-            self._preprocess = ray.get(shared.preprocess)
-        return self._tower, self._preprocess
+        with self._loading:
+            if self._tower is None or self._preprocess is None:
+                torch.set_num_threads(shared.places.cpus)
+                torch.backends.cudnn.allow_tf32 = False  # in convolutions PyTorch has it on, and float32 is not float32
+                limit_pixels(shared.max_pixels)
+                self._tower = ray.get(shared.tower).to("cuda" if shared.places.gpu else "cpu")
+                self._preprocess = ray.get(shared.preprocess)
+            return self._tower, self._preprocess
+
+    def _search(self, tower: Tower, plan: Plan) -> Searcher:
+        with self._loading:
+            if self._searcher is None:
+                chunk = plan.candidates_per_batch
+                self._searcher = Searcher(tower, plan.config, plan.classes, plan.logit_scale, plan.keep_rates, chunk)
+            return self._searcher
 
     @ray.method(concurrency_group="progress")
     def progress(self, shard: str) -> Progress | None:
@@ -118,7 +128,7 @@ class RankingActor:
         try:
             yield self._progress[shard]
         finally:
-            del self._progress[shard]
+            self._progress.pop(shard, None)
 
     def rank(self, shared: Shared, shard: str, plan: Plan) -> ShardReport:
         """Rank a shard and write its table and its rejects. Raises OutputError where they cannot be written.
@@ -130,16 +140,14 @@ class RankingActor:
             metrics = self._metrics[shard] = Metrics(progress)
             check_folder(plan.folder, plan.fingerprint)
             tower, preprocess = self._load(shared)
-            if self._searcher is None:
-                chunk = plan.candidates_per_batch
-                self._searcher = Searcher(tower, plan.config, plan.classes, plan.logit_scale, plan.keep_rates, chunk)
+            searcher = self._search(tower, plan)
             num_classes = None if plan.classes is None else len(plan.classes)
             threads = shared.places.threads
-            ranker = ShardRanker(self._searcher, preprocess, num_classes, plan.images_per_batch, plan.limit, threads)
+            ranker = ShardRanker(searcher, preprocess, num_classes, plan.images_per_batch, plan.limit, threads)
             ranked = ranker.rank(shard, progress, self._device)
             with progress.timed("write"):
                 size = write(plan.folder, plan.fingerprint, shard, ranked)
-            del self._metrics[shard]
+            self._metrics.pop(shard, None)
             metrics.tell()
             return report(ranked, progress, start, size)
 
@@ -171,8 +179,9 @@ class RankingActor:
         tower, preprocess = self._load(shared)
         with self._watched(shard) as progress:
             try:
+                threads = shared.places.threads
                 sums, counts = class_sums(
-                    tower, shard, preprocess, num_classes, images_per_batch, progress, shared.places.threads
+                    tower, shard, preprocess, num_classes, images_per_batch, progress, threads, self._device
                 )
             except ShardError as error:
                 return Failed(str(error))

@@ -34,8 +34,9 @@ class Pool:
 
     Ray restarts an actor that dies, where and when there is room; its item goes to whichever actor is free first (Ray's
     own retry would wait for the restarted one, for ever if its node is gone). The class of the actors has methods
-    `ready(shared)` and `progress(item)`, the latter in the concurrency group "progress", so that it answers while the
-    actor works. A restarted actor knows nothing of earlier calls, so every call brings along what it needs.
+    `ready(shared)`, which returns the id of its process (`process_id`), and `progress(item)`, in the concurrency group
+    "progress", so that it answers while the actor works. A restarted actor knows nothing of earlier calls, so every
+    call brings along what it needs.
 
     Args:
         actor_class: of the actors, as a plain class.
@@ -69,7 +70,8 @@ class Pool:
         self._next_look = time.monotonic() + ROOM_SECONDS
         self._fatal = fatal
         self._starting: dict[Any, Any] = {}  # ready call -> actor
-        self._up: set[Any] = set()  # actors that take items
+        self._up: dict[Any, str] = {}  # actors that take items, and their processes
+        self._condemned: dict[Any, str] = {}  # actor -> its process that was killed: that takes a moment
         self._busy: dict[Any, tuple[Any, str]] = {}  # call -> actor, item
         self._killed: set[Any] = set()  # calls that end because another item of their actor failed
         self._deaths: Counter[str] = Counter()  # by item
@@ -116,7 +118,7 @@ class Pool:
             calls = [*self._starting, *self._busy]
             done, _ = ray.wait(calls, timeout=max(0.0, next_tick - time.monotonic()))
             if time.monotonic() >= self._next_look:
-                self._grow(min(self._room(), len(waiting) + len(self._busy)))
+                self._grow(min(self._room(), len(waiting) + len({actor for actor, _ in self._busy.values()})))
                 self._next_look = time.monotonic() + ROOM_SECONDS
             if time.monotonic() >= next_tick:
                 self._poll()
@@ -131,18 +133,23 @@ class Pool:
                 self._asked.pop(call, None)
                 blameless = call in self._killed
                 self._killed.discard(call)
+                alone = not blameless and all(its != actor for its, _ in self._busy.values())
                 try:
                     result = ray.get(call)
                 except RayTaskError as error:
                     if isinstance(error.cause, self._fatal):
                         raise error.cause from None
                     self._restart(actor)  # after a CUDA error nothing works in a process: take a new one
+                    if not alone and not self._deaths[item]:  # nor for the other item: which of them it was shows alone
+                        self._deaths[item] = 1
+                        waiting.append(item)
+                        continue
                     result = Failed(f"{type(error.cause).__name__}: {one_line(error.cause)}")
                 except RayError as error:
+                    self._down(actor)
                     if blameless:
                         waiting.appendleft(item)
                         continue
-                    self._down(actor)
                     self._deaths[item] += 1
                     if self._deaths[item] < ATTEMPTS:
                         waiting.append(item)  # last: if it is the item's fault, the others are done first
@@ -165,13 +172,14 @@ class Pool:
         """Take a new process for an actor; what else the old one has in work is no item's fault."""
         if actor in self._up:
             self._killed.update(call for call, (its, _) in self._busy.items() if its == actor)
+            self._condemned[actor] = self._up[actor]
             ray.kill(actor, no_restart=False)
             self._down(actor)
 
     def _down(self, actor: Any) -> None:
         """Ask an actor whose process has ended for a sign of life, once."""
         if actor in self._up:
-            self._up.remove(actor)
+            del self._up[actor]
             self._start(actor)
 
     def _grow(self, size: int) -> None:
@@ -185,7 +193,7 @@ class Pool:
 
     def _started(self, call: Any, actor: Any) -> None:
         try:
-            ray.get(call)
+            process = ray.get(call)
         except RayError as error:
             self._failed_starts[actor] += 1
             if self._failed_starts[actor] < ATTEMPTS:  # the process before it may still hold the GPU's memory
@@ -197,8 +205,12 @@ class Pool:
             else:
                 raise UserError(f"no actor could be started: {_last_line(error)}") from None
         else:
+            if process == self._condemned.get(actor):
+                self._start(actor)
+                return
+            self._condemned.pop(actor, None)
             del self._failed_starts[actor]
-            self._up.add(actor)
+            self._up[actor] = process
 
     def _poll(self) -> None:
         """Collect the answers that have come and ask again; an actor that does not answer is not waited for long."""
@@ -216,8 +228,14 @@ class Pool:
                 tqdm.write(f"warning: {item}: its worker has not answered for {SILENT_SECONDS:.0f} s", file=sys.stderr)
                 silent.add(actor)
             self._asked[call] = (actor.progress.remote(item), time.monotonic())
-        for actor in silent:
+        for actor in silent & self._up.keys():
+            self._condemned[actor] = self._up[actor]
             ray.kill(actor, no_restart=False)
+
+
+def process_id() -> str:
+    """Tells the process of an actor from the one that Ray starts in its place."""
+    return ray.get_runtime_context().get_worker_id()
 
 
 def _last_line(error: RayError) -> str:

@@ -189,6 +189,7 @@ def class_sums(
     batch: int,
     progress: Progress,
     threads: int = 2,
+    device: AbstractContextManager[object] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What prototypes are made of: the sums of the normalised embeddings of a shard's images, by class.
 
@@ -196,6 +197,7 @@ def class_sums(
         num_classes: K, or None where it follows from the labels.
         batch: images embedded at a time.
         threads: that decode images.
+        device: entered while a batch is embedded; a lock makes several threads take turns.
 
     Returns:
         Sums (K, E) float64 and counts (K,) int64; K is `num_classes`, or the largest label + 1 where None. Samples that
@@ -212,7 +214,8 @@ def class_sums(
     counts = torch.zeros(num_classes or 0, dtype=torch.int64)
     samples = checked(shards.read(shard), num_classes or MAX_CLASSES, label_needed=True)
     for images in batches(samples, preprocess, batch, reject, threads):
-        embeddings = F.normalize(tower(images.pixels), dim=-1).double().cpu()  # (B, E)
+        with device or contextlib.nullcontext():
+            embeddings = F.normalize(tower(images.pixels), dim=-1).double().cpu()  # (B, E)
         labels = torch.tensor([label for label in images.labels if label is not None])  # (B,)
         finite = embeddings.isfinite().all(dim=1)  # (B,); False where a low precision overflowed
         progress.rejects += int((~finite).sum())

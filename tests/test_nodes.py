@@ -12,7 +12,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from cluster import pool as pool_module
-from cluster.pool import Pool
+from cluster.pool import Pool, process_id
 
 pytest_plugins = ["shared_ray"]
 
@@ -23,7 +23,7 @@ class Worker:
     """Works at an item for as long as there is a file HELD-ITEM; notes where and in which process."""
 
     def ready(self, folder):
-        pass
+        return process_id()
 
     @ray.method(concurrency_group="progress")
     def progress(self, item):

@@ -8,7 +8,7 @@ import time
 import pytest
 import ray
 
-from cluster.pool import ATTEMPTS, Failed, Pool
+from cluster.pool import ATTEMPTS, Failed, Pool, process_id
 from patchrank.errors import UserError
 
 pytest_plugins = ["shared_ray"]
@@ -24,6 +24,7 @@ class Worker:
     def ready(self, folder):
         if not folder.exists():
             raise RuntimeError("no such device")
+        return process_id()
 
     @ray.method(concurrency_group="progress")
     def progress(self, item):
@@ -40,6 +41,11 @@ class Worker:
             raise ValueError("two\nlines")
         if item == "fatal":
             raise Fatal("stop")
+        if item.startswith("broken"):  # as a device that one of them has broken
+            while len(list(folder.glob("broken-*"))) < 2:
+                time.sleep(0.02)
+            if (folder / item).read_text() == "x":
+                raise RuntimeError("nothing works any more")
         if item.startswith("pair"):
             while len(list(folder.glob("pair-*"))) < 2:
                 time.sleep(0.02)
@@ -84,6 +90,12 @@ def test_what_shares_an_actor_with_a_bad_item_is_done_all_the_same(tmp_path):
         assert results[item].reason.startswith("its worker died 3 times: ")
         assert 3 <= len((tmp_path / item).read_text()) <= 4  # once more where "bad" had its process killed
     assert results["bad"] == Failed("ValueError: two lines")
+
+
+def test_an_error_that_two_items_share_is_blamed_on_the_one_that_has_it_alone(tmp_path):
+    pool = Pool(Worker, tmp_path, size=1, cpus=1, gpus=0, at_once=2)
+    results = dict(pool.run("work", ["broken-a", "broken-b", "bad"], "!"))
+    assert results == {"broken-a": "broken-a!", "broken-b": "broken-b!", "bad": Failed("ValueError: two lines")}
 
 
 def test_a_fatal_error_ends_the_run(tmp_path):
