@@ -172,9 +172,13 @@ class Pool:
         """Take a new process for an actor; what else the old one has in work is no item's fault."""
         if actor in self._up:
             self._killed.update(call for call, (its, _) in self._busy.items() if its == actor)
-            self._condemned[actor] = self._up[actor]
-            ray.kill(actor, no_restart=False)
+            self._kill(actor)
             self._down(actor)
+
+    def _kill(self, actor: Any) -> None:
+        """End the process of an actor that is up; should it answer once more, it is not taken for the next one."""
+        self._condemned[actor] = self._up[actor]
+        ray.kill(actor, no_restart=False)
 
     def _down(self, actor: Any) -> None:
         """Ask an actor whose process has ended for a sign of life, once."""
@@ -229,8 +233,7 @@ class Pool:
                 silent.add(actor)
             self._asked[call] = (actor.progress.remote(item), time.monotonic())
         for actor in silent & self._up.keys():
-            self._condemned[actor] = self._up[actor]
-            ray.kill(actor, no_restart=False)
+            self._kill(actor)
 
 
 def process_id() -> str:

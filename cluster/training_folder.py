@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from patchrank import rankings, storage
@@ -29,13 +30,11 @@ def prepare(folder: str, settings: Mapping[str, Any]) -> str:
     settings = json.loads(json.dumps(settings))  # as they come back from the file: tuples are lists
     fingerprint = rankings.fingerprint(settings)
     path = storage.join(folder, SETTINGS)
-    try:
+    with _usable(folder):
         found = _read(path)
         if found is None:
             content = {"fingerprint": fingerprint, "settings": settings}
             storage.write_atomic(path, json.dumps(content, indent=2).encode() + b"\n")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be used ({storage.one_line(error)}); give another --out") from None
     if found is not None and found["fingerprint"] != fingerprint:
         different = rankings.differences(found["settings"], settings)
         more = f", and {len(different) - 2} more" if len(different) > 2 else ""
@@ -52,10 +51,8 @@ def workers(folder: str) -> int | None:
     Raises:
         UserError: its settings are damaged, or cannot be read.
     """
-    try:
+    with _usable(folder):
         found = _read(storage.join(folder, SETTINGS))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be used ({storage.one_line(error)}); give another --out") from None
     return None if found is None else found["settings"]["workers"]
 
 
@@ -83,6 +80,15 @@ def figures(folder: str) -> tuple[Figures, Figures] | None:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({storage.one_line(error)}); put that right and train again") from None
     return None if found is None else (found["before"], found["after"])
+
+
+@contextlib.contextmanager
+def _usable(folder: str) -> Iterator[None]:
+    """Errors of the disk or the bucket become one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be used ({storage.one_line(error)}); give another --out") from None
 
 
 def _read(path: str) -> dict[str, Any] | None:

@@ -22,10 +22,10 @@ from patchrank.errors import UserError
 from patchrank.models import Model
 
 CLASSES_FILE = "classes.safetensors"  # beside rankings or tokens: the class embeddings that they go with
-Template = str | Callable[[str], str]
+Template = Callable[[str], str]  # class name -> text
 
 TEMPLATES: dict[str, Sequence[Template]] = {
-    "photo": ("a photo of a {}.",),
+    "photo": ("a photo of a {}.".format,),
     "imagenet": open_clip.OPENAI_IMAGENET_TEMPLATES,  # OpenAI's 80
     "imagenet-simple": open_clip.SIMPLE_IMAGENET_TEMPLATES,  # the 7 of them that do best together
 }
@@ -78,7 +78,7 @@ def templates(values: Sequence[str]) -> list[Template]:
         if value in TEMPLATES:
             result.extend(TEMPLATES[value])
         elif value.count("{}") == 1 and not set("{}") & set(value.replace("{}", "")):
-            result.append(value)
+            result.append(value.format)
         else:
             raise UserError(f"--templates {value!r}: must hold one {{}}, or be one of {', '.join(TEMPLATES)}")
     return result
@@ -95,9 +95,7 @@ def text_identity(model: Model, names: Sequence[str], prompts: Sequence[Template
             f"{model.name}: its weights file holds the image tower alone, so --classes cannot be turned into class "
             "embeddings; add --class-embeddings or --prototypes"
         )
-    prompted = [
-        prompt.format(name) if isinstance(prompt, str) else prompt(name) for name in names for prompt in prompts
-    ]
+    prompted = [prompt(name) for name in names for prompt in prompts]
     return f"text {_digest(model.text_weights, json.dumps(prompted))}"
 
 
@@ -108,9 +106,8 @@ def from_text(model: Model, names: Sequence[str], prompts: Sequence[Template]) -
         UserError: the model was loaded without its text tower.
     """
     identity = text_identity(model, names, prompts)
-    functions = [prompt.format if isinstance(prompt, str) else prompt for prompt in prompts]
     weights = open_clip.build_zero_shot_classifier(
-        model.clip, model.tokenizer(), list(names), functions, use_tqdm=sys.stderr.isatty() and len(names) > 10
+        model.clip, model.tokenizer(), list(names), list(prompts), use_tqdm=sys.stderr.isatty() and len(names) > 10
     )  # (E, K)
     return Classes(weights.T.float().contiguous(), identity, list(names))
 

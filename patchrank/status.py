@@ -133,9 +133,9 @@ def read(folder: str, now: float | None = None) -> Status:
         run = _run(folder)
         shards = _shards(folder)
         files = parquet_files(folder)
-        names = {file_name(shard).removesuffix(".parquet"): shard for shard in shards}
+        names = {file_name(shard): shard for shard in shards}
         # A record that is damaged gives the name of its file for that of its shard.
-        failed = {names.get(one["shard"], one["shard"]): one["error"] for one in rankings.failures(folder)}
+        failed = {names.get(f"{one['shard']}.parquet", one["shard"]): one["error"] for one in rankings.failures(folder)}
         corpus = rankings.open(folder) if files else None
         images = len(corpus) if corpus else 0
         reasons = Counter(corpus.rejects()["reason"].to_pylist() if corpus else [])
@@ -144,7 +144,6 @@ def read(folder: str, now: float | None = None) -> Status:
     finished = set(files) - {file_name(shard) for shard in failed}  # a failed shard may have a part of its rows
     running = {} if run is None or run.ended else run.running
     if shards:
-        names = {file_name(shard): shard for shard in shards}
         finished &= set(names)
         running = {shard: count for shard, count in running.items() if file_name(shard) in names}
         failed = {shard: error for shard, error in failed.items() if file_name(shard) in names}
