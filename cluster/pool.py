@@ -19,7 +19,7 @@ from patchrank.storage import one_line
 POLL_SECONDS = 1.0
 ROOM_SECONDS = 5.0  # between two looks for new nodes
 SILENT_SECONDS = 300.0  # an actor that does not answer for so long hangs: it is killed, and its item goes to another
-ATTEMPTS = 3  # how often an item may cost its actor's life before it is set aside, and how often an actor may not start
+ATTEMPTS = 3  # how often an item may fail, or cost its actor's life, before it is set aside; or an actor fail to start
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Pool:
             asked for.
         fatal: exceptions of the actors' methods that end `run`; others fail the item alone.
         at_once: items that an actor has at a time, each on a thread of its own, while there are enough for all actors.
-            An item that has seen an actor die has the next one to itself: it may be the item's fault.
+            An item that has failed has its next actor to itself: it may be the item's fault.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Pool:
         self._condemned: dict[Any, str] = {}  # actor -> its process that was killed: that takes a moment
         self._busy: dict[Any, tuple[Any, str]] = {}  # call -> actor, item
         self._killed: set[Any] = set()  # calls that end because another item of their actor failed
-        self._deaths: Counter[str] = Counter()  # by item
+        self._failures: Counter[str] = Counter()  # by item
         self._asked: dict[Any, tuple[Any, float]] = {}  # call -> the progress() of its item, and since when
         self._progress: dict[str, Any] = {}  # item in work -> what its actor last said
         self._failed_starts: Counter[Any] = Counter()  # by actor
@@ -101,15 +101,15 @@ class Pool:
             tick: called about every `POLL_SECONDS`.
 
         Yields:
-            (item, result) as calls end; the result is a `Failed` where the method raised, or where the item cost
-            `ATTEMPTS` actors their lives.
+            (item, result) as calls end; the result is a `Failed` where the method raised or the actor died `ATTEMPTS`
+            times: before that it may be the actor's device or machine. A `Failed` that the method returns is final.
 
         Raises:
             UserError: no actor can be started.
             Exception: one of `fatal`, from a method.
         """
         waiting = deque(items)
-        self._deaths.clear()
+        self._failures.clear()
         next_tick = time.monotonic() + POLL_SECONDS
         while waiting or self._busy:
             while waiting and (actor := self._free(waiting)) is not None:
@@ -133,38 +133,38 @@ class Pool:
                 self._asked.pop(call, None)
                 blameless = call in self._killed
                 self._killed.discard(call)
-                alone = not blameless and all(its != actor for its, _ in self._busy.values())
+                failure = None
                 try:
                     result = ray.get(call)
                 except RayTaskError as error:
                     if isinstance(error.cause, self._fatal):
                         raise error.cause from None
                     self._restart(actor)  # after a CUDA error nothing works in a process: take a new one
-                    if not alone and not self._deaths[item]:  # nor for the other item: which of them it was shows alone
-                        self._deaths[item] = 1
-                        waiting.append(item)
-                        continue
-                    result = Failed(f"{type(error.cause).__name__}: {one_line(error.cause)}")
+                    failure = f"{type(error.cause).__name__}: {one_line(error.cause)}"
                 except RayError as error:
                     self._down(actor)
                     if blameless:
                         waiting.appendleft(item)
                         continue
-                    self._deaths[item] += 1
-                    if self._deaths[item] < ATTEMPTS:
+                    for idle in self._up.keys() - {its for its, _ in self._busy.values()}:
+                        self._down(idle)  # lost with it, perhaps: without a call at work nobody would notice
+                    failure = f"its worker died {ATTEMPTS} times: {_last_line(error)}"
+                if failure is not None:
+                    self._failures[item] += 1
+                    if self._failures[item] < ATTEMPTS:
                         waiting.append(item)  # last: if it is the item's fault, the others are done first
                         continue
-                    result = Failed(f"its worker died {ATTEMPTS} times: {_last_line(error)}")
+                    result = Failed(failure)
                 yield item, result
 
     def _free(self, waiting: Sequence[str]) -> Any | None:
         """The actor that is to have the next of the items that wait, one with the fewest; None while all are busy."""
         held: Counter[Any] = Counter()
         for actor, item in self._busy.values():
-            held[actor] += self._at_once if self._deaths[item] else 1
+            held[actor] += self._at_once if self._failures[item] else 1
         # A second item is for when there are enough: nobody shall wait for an item that another could have done.
         enough = len(waiting) >= len(self._up) + len(self._starting)
-        most = self._at_once if enough and not self._deaths[waiting[0]] else 1
+        most = self._at_once if enough and not self._failures[waiting[0]] else 1
         actor = min(self._up, key=lambda actor: held[actor], default=None)
         return actor if actor is not None and held[actor] < most else None
 

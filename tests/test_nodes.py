@@ -82,6 +82,26 @@ def test_the_items_of_a_lost_node_go_to_the_others(cluster, add, tmp_path):
     assert {node for node, _ in begun(tmp_path, "a")} == set(nodes)  # begun on one, done on the other
 
 
+def test_idle_actors_that_are_lost_with_a_busy_one_cost_its_item_nothing(cluster, add, tmp_path):
+    nodes = {node.node_id: node for node in (add(), add(), add(), add())}
+    pool = Pool(Worker, tmp_path, size=4, cpus=1, gpus=0)
+    (tmp_path / "held-a").touch()
+    left = []
+
+    def lose_all_but_one() -> None:
+        starts = begun(tmp_path, "a")
+        if starts and not left and pool.actors_up == 4:
+            first = starts[0][0]
+            left.append(next(node for node in nodes if node != first))
+            for node in sorted(nodes.keys() - {*left}, key=lambda node: node == first):  # the idle ones first
+                cluster.remove_node(nodes[node], allow_graceful=False)
+        if len(starts) == 2:
+            (tmp_path / "held-a").unlink(missing_ok=True)
+
+    assert dict(pool.run("work", ["a"], tick=lose_all_but_one)) == {"a": "a"}
+    assert [node for node, _ in begun(tmp_path, "a") if node in left] == left
+
+
 def test_an_actor_that_hangs_is_killed_and_its_item_goes_on(add, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pool_module, "SILENT_SECONDS", 3.0)
     add()
