@@ -8,8 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from cluster.pool import Failed, Pool
 from cluster.progress import Meter
@@ -101,7 +100,11 @@ def _make_prototypes(
     pool: Pool, uris: list[str], folder: str, identity: str, names: list[str] | None, images_per_batch: int
 ) -> Classes:
     """Have the prototypes made."""
-    by_shard = {}
+    early = {}
+    total: tuple[Tensor, Tensor] | None = None  # (K, E), (K,)
+    left_out = 0
+    missing = iter(uris)
+    wanted = next(missing, None)
     with contextlib.closing(Meter("prototypes", len(uris), folder)) as meter:
 
         def show() -> None:
@@ -110,16 +113,26 @@ def _make_prototypes(
         for uri, result in pool.run("class_sums", uris, names and len(names), images_per_batch, tick=show):
             if isinstance(result, Failed):
                 raise UserError(f"--prototypes {uri}: {result.reason}")
-            by_shard[uri] = result
+            early[uri] = result
             meter.add(result[2])
             show()
-    parts = [by_shard[uri] for uri in uris]  # in this order, not that of the actors: addition rounds
-    left_out = sum(progress.rejects for _, _, progress in parts)
+            while wanted in early:  # in the order of the shards, not that of the actors: addition rounds
+                sums, counts, progress = early.pop(wanted)
+                total = (sums, counts) if total is None else (_added(total[0], sums), _added(total[1], counts))
+                left_out += progress.rejects
+                wanted = next(missing, None)
     if left_out:
         print(
             f"warning: {left_out} samples of --prototypes have no readable image and label of a class", file=sys.stderr
         )
-    size = max(len(counts) for _, counts, _ in parts)
-    sums = torch.stack([F.pad(sums, (0, 0, 0, size - len(sums))) for sums, _, _ in parts]).sum(dim=0)  # (K, E)
-    counts = torch.stack([F.pad(counts, (0, size - len(counts))) for _, counts, _ in parts]).sum(dim=0)  # (K,)
-    return classes.from_sums(sums, counts, identity, names)
+    assert total is not None  # there is a shard, and none has failed
+    return classes.from_sums(*total, identity, names)
+
+
+def _added(total: Tensor, more: Tensor) -> Tensor:
+    """The sum of two by class, of which one may know of more classes than the other: (K, ...), (k, ...) -> (K, ...)."""
+    if len(total) < len(more):
+        total, more = more, total
+    result = total.clone()
+    result[: len(more)] += more
+    return result

@@ -25,7 +25,7 @@ def add_machines(parser: argparse.ArgumentParser, verb: str) -> argparse._Argume
     add("--address", help="Ray cluster to join: auto or HOST:PORT (RAY_ADDRESS, else a local Ray)")
     add("--actors", type=int, help="actors to start (one a GPU, or as many as the cores allow)")
     add("--cpus-per-actor", type=int, help="cores of an actor")
-    add("--gpus-per-actor", type=float, help="GPUs of an actor, 0 for none")
+    add("--gpus-per-actor", type=float, help="GPUs of an actor, 0 for none (1 if the cluster has any)")
     add("--images-per-batch", type=int, help=f"images an actor {verb} at a time")
     return group
 
@@ -33,8 +33,9 @@ def add_machines(parser: argparse.ArgumentParser, verb: str) -> argparse._Argume
 def check_machines(args: argparse.Namespace, counts: Sequence[str]) -> None:
     """Raises UserError for flags of actors that make no sense, or another number of `counts` below 1."""
     check_positive(args, (*counts, "actors", "cpus_per_actor", "images_per_batch"))
-    if args.gpus_per_actor is not None and args.gpus_per_actor < 0:
-        raise UserError(f"--gpus-per-actor {args.gpus_per_actor}: must be at least 0")
+    gpus = args.gpus_per_actor
+    if gpus and not 0.0001 <= gpus <= 1:  # Ray knows no smaller part
+        raise UserError(f"--gpus-per-actor {gpus}: must be 0, or 0.0001 to 1: an actor works on one GPU")
 
 
 def check_positive(args: argparse.Namespace, names: Sequence[str]) -> None:

@@ -54,13 +54,13 @@ def connected(
             Without either, or with "local", a Ray is started here, and ends with us.
         actors: how many are wanted; as many as there is room for where None.
         cpus: cores of an actor; where None 1 beside a GPU, else the cores are shared out among the shards.
-        gpus: GPUs of an actor; where None 1 if the cluster has any.
+        gpus: GPUs of an actor; where None 1 if the cluster has any, which nobody knows before a machine of it is up.
         shards: of the whole job; None where all actors work together on one thing, and none begins without the others.
             Then cores are shared out among the machines where neither `actors` nor `cpus` is given.
 
     Raises:
-        UserError: no Ray at the address, none that can be started, or no room in our own for such an actor, or for all
-            of them where they work together.
+        UserError: no Ray at the address, none that can be started, no machine up that tells whether there are GPUs, or
+            no room in our own for such an actor, or for all of them where they work together.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     _connect(address, (actors or 1) * (cpus or 1) if actors or cpus else None)
@@ -106,6 +106,11 @@ def _places(actors: int | None, cpus: int | None, gpus: float | None, shards: in
     """What actors take, and how many of them the cluster has room for now."""
     nodes = _nodes()
     if gpus is None:
+        if not any(node.get("CPU", 0) for node in nodes):
+            raise UserError(
+                "no machine of the cluster is up yet that could tell whether it has GPUs: say how many an actor or a "
+                "worker takes, --gpus-per-actor or --gpus-per-worker, 1 or 0"
+            )
         gpus = 1.0 if any(node.get("GPU", 0) for node in nodes) else 0.0
     if cpus is None:
         cpus = 1

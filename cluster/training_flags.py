@@ -46,7 +46,7 @@ def images(args: argparse.Namespace) -> tuple[RankedImages, Model]:
     if test is None:
         about = rankings.open(args.rankings).settings.get("about", {})
         test = assets.TEST_SHARDS if (model or about.get("model")) == assets.MODEL else []
-    return open_images(
+    opened, loaded = open_images(
         args.rankings,
         None if args.shards is None else shards.expand(args.shards),
         model,
@@ -58,6 +58,13 @@ def images(args: argparse.Namespace) -> tuple[RankedImages, Model]:
         args.measured,
         args.cache_features,
     )
+    if left_out := opened.pairs.shards_without_rankings:
+        print(
+            f"warning: {len(left_out)} of the shards have no rankings in {args.rankings}, {left_out[0]} the first; "
+            f"training goes without them",
+            file=sys.stderr,
+        )
+    return opened, loaded
 
 
 def add_training(parser: argparse.ArgumentParser, default: TrainingConfig) -> None:
@@ -77,7 +84,7 @@ def add_training(parser: argparse.ArgumentParser, default: TrainingConfig) -> No
     add("--address", help="Ray cluster to join: auto or HOST:PORT (RAY_ADDRESS, else a local Ray)")
     add("--workers", type=int, help="processes that train together (as before; at first one a GPU, else one a machine)")
     add("--cpus-per-worker", type=int, help="cores of a worker")
-    add("--gpus-per-worker", type=float, help="1, or 0 for none")
+    add("--gpus-per-worker", type=float, help="1, or 0 for none (1 if the cluster has any)")
 
 
 def config(args: argparse.Namespace) -> TrainingConfig:
@@ -104,7 +111,9 @@ def show(summary: TrainingSummary, record: Mapping[str, Any]) -> None:
 
 def show_figures(before: Figures, after: Figures) -> None:
     """Print figures side by side."""
-    width = max((len(name) for name in after), default=0)
+    if not after:
+        return
+    width = max(len(name) for name in after)
     print(f"\n{'':<{width}}  {'before':>8}  {'after':>8}")
     for name, value in after.items():
         print(f"{name:<{width}}  {before.get(name, float('nan')):>8.4f}  {value:>8.4f}")

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _, record = trained.load(summary.folder, NAME)
     training_flags.show(summary, record)
     print(f"tokens        {summary.folder}")
-    compared = f"--rankings {args.rankings} --held-out {args.held_out}"
+    compared = f"--rankings {args.rankings} --held-out {args.held_out}" if args.held_out else "--rankings TEST-RANKINGS"
     print(f"next          python jobs/evaluate.py {compared} --predictor {args.predictor} --tokens {args.out}")
     return 0
 

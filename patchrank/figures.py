@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,10 +69,15 @@ def retrieval(folder: str, names: Sequence[str], encode: Callable[[list[str]], n
 
     Args:
         encode: M captions -> (M, E) float32, normalised.
+
+    Raises:
+        UserError: the tables cannot be read.
     """
     data = _dataset(folder, names)
     captioned = ds.field("captions").is_valid()
-    whole = data.to_table(["shard", "key", "captions"], filter=captioned & (ds.field("method") == UNPRUNED))
+    with _reading(folder):
+        whole = data.to_table(["shard", "key", "captions"], filter=captioned & (ds.field("method") == UNPRUNED))
+        named = data.to_table(["method", "keep"]).to_pylist()
     if not len(whole):
         return []
     images = list(zip(whole["shard"].to_pylist(), whole["key"].to_pylist(), strict=True))
@@ -80,10 +86,11 @@ def retrieval(folder: str, names: Sequence[str], encode: Callable[[list[str]], n
     owner = np.repeat(np.arange(len(images)), [len(texts) for texts in captions])  # (M,)
     texts = encode(list(itertools.chain.from_iterable(captions)))  # (M, E)
     result = []
-    cells = {(row["method"], row["keep"]) for row in data.to_table(["method", "keep"]).to_pylist()}
+    cells = {(row["method"], row["keep"]) for row in named}
     for method, keep in sorted(cells, key=lambda cell: (cell[0] != UNPRUNED, cell[0], -cell[1])):
         mine = captioned & (ds.field("method") == method) & (ds.field("keep") == keep)
-        table = data.to_table(["shard", "key", "embedding"], filter=mine)
+        with _reading(folder):
+            table = data.to_table(["shard", "key", "embedding"], filter=mine)
         vectors = np.zeros((len(images), texts.shape[1]), np.float32)  # (I, E)
         rows = [row_of[image] for image in zip(table["shard"].to_pylist(), table["key"].to_pylist(), strict=True)]
         flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
@@ -127,14 +134,23 @@ def _recall(
 def _query(folder: str, names: Sequence[str], sql: str) -> list[dict[str, Any]]:
     import duckdb
 
-    with duckdb.connect() as connection:
+    with duckdb.connect() as connection, _reading(folder):
         connection.register("evaluation", _dataset(folder, names))
         return connection.sql(sql).to_arrow_table().to_pylist()
 
 
 def _dataset(folder: str, names: Sequence[str]) -> ds.Dataset:
     resolved = [storage.resolve(storage.join(folder, name)) for name in names]
-    try:
+    with _reading(folder):
         return ds.dataset([path for _, path in resolved], filesystem=resolved[0][0], format="parquet")
-    except (pa.ArrowException, OSError) as error:
+
+
+@contextlib.contextmanager
+def _reading(folder: str) -> Iterator[None]:
+    """Damaged tables, which may be noticed as late as their rows are read, become a UserError."""
+    import duckdb
+
+    try:
+        yield
+    except (duckdb.Error, pa.ArrowException, OSError) as error:
         raise UserError(f"{folder}: cannot be read ({storage.one_line(error)}); evaluate again") from None

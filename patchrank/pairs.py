@@ -204,7 +204,8 @@ class Pairs:
             streams = [self._lane(epoch, lane, lanes) for lane in range(rank, lanes, world)]
             rows = (next(stream) for stream in itertools.cycle(streams))
             done = start - epoch * steps if epoch == start // steps else 0
-            yield from self._batches(itertools.islice(rows, done * per_step, steps * per_step), size, self.features)
+            mine = itertools.islice(rows, done * per_step, steps * per_step)
+            yield from self._batches(mine, size, self.features, in_step=True)
 
     def held_out(self, size: int, rank: int = 0, world: int = 1, limit: int | None = None) -> Iterator[PairBatch]:
         """The held-out images once, in the order of the shards; every world-th where several ranks share the work.
@@ -214,7 +215,7 @@ class Pairs:
             limit: the first so many, of all ranks together.
         """
         rows = (row for uri in self.shards for row in self._pairs(uri) if is_held_out(row.key, self.share))
-        yield from self._batches(itertools.islice(rows, rank, limit, world), size)
+        yield from self._batches(itertools.islice(rows, rank, limit, world), size, in_step=False)
 
     def _count(self, shard: str) -> tuple[int, int]:
         keys = self.corpus.shard(shard, ["key"])["key"].to_pylist()
@@ -271,11 +272,13 @@ class Pairs:
         found.undecodable = self.partners.get(shard, found).undecodable
         self.partners[shard] = found
 
-    def _batches(self, rows: Iterable[_Pair], size: int, features: Features | None = None) -> Iterator[PairBatch]:
+    def _batches(
+        self, rows: Iterable[_Pair], size: int, features: Features | None = None, *, in_step: bool
+    ) -> Iterator[PairBatch]:
         def undecodable(pair: _Pair) -> None:
             self.partners.setdefault(pair.shard, Partners()).undecodable.add(pair.key)
 
-        return _decoded(rows, self.preprocess, size, self.threads, undecodable, features)
+        return _decoded(rows, self.preprocess, size, self.threads, undecodable, features, in_step=in_step)
 
     def _trouble(self) -> str:
         errors = [f"{uri}: {found.error}" for uri, found in self.partners.items() if found.error]
@@ -313,7 +316,7 @@ def unranked(
                         yield _Pair(sample.key, sample.image, sample.label, (), uri)
 
     mine = itertools.islice(rows(), rank, limit, world)
-    return _decoded(mine, preprocess, size, threads, lambda pair: undecodable(pair.key))
+    return _decoded(mine, preprocess, size, threads, lambda pair: undecodable(pair.key), in_step=False)
 
 
 def _shuffled(rows: Iterable[_Pair], size: int, rng: random.Random) -> Iterator[_Pair]:
@@ -339,8 +342,13 @@ def _decoded(
     threads: int,
     undecodable: Callable[[_Pair], None],
     features: Features | None = None,
+    *,
+    in_step: bool,
 ) -> Iterator[PairBatch]:
-    """Batches of every `size` rows, less those that cannot be decoded; the next batch is decoded meanwhile."""
+    """Batches of every `size` rows, less those that cannot be decoded; the next batch is decoded meanwhile.
+
+    A batch of which nothing is left is an error where ranks are `in_step`, each with as many batches as the others.
+    """
 
     def load(pair: _Pair) -> Tensor | None:
         if features is not None:
@@ -367,9 +375,10 @@ def _decoded(
                     undecodable(pair)
                 else:
                     loaded.append((pair, pixels))
-            if not loaded:
+            if not loaded and in_step:
                 raise UserError(f"{batch[0][0].shard}: its images cannot be decoded any more, {len(batch)} in a row")
-            yield _batch(loaded, features is not None)
+            if loaded:
+                yield _batch(loaded, features is not None)
 
 
 def _batch(loaded: list[tuple[_Pair, Tensor]], are_tokens: bool) -> PairBatch:

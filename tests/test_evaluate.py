@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import webdataset as wds
+from made_up_evaluation import SCHEMA
 from PIL import Image
 from small_model import save_model
 
@@ -327,7 +328,8 @@ def test_bad_input_is_one_line_and_writes_nothing(data, address, tmp_path):
         ([*some, "--bundle", "x", "--predictor", "y"], "exclude each other"),
         ([*some, "--save-bundle", "x"], "--save-bundle needs --predictor"),
         ([*ranked, "--bundle", "x", "--save-bundle", "s3://b/x"], "--save-bundle s3://b/x: must be a folder of this"),
-        ([*ranked, "--gpus-per-actor", "-1"], "--gpus-per-actor -1.0: must be at least 0"),
+        ([*ranked, "--gpus-per-actor", "-1"], "--gpus-per-actor -1.0: must be 0, or 0.0001 to 1"),
+        ([*ranked, "--gpus-per-actor", "2"], "--gpus-per-actor 2.0: must be 0, or 0.0001 to 1"),
         ([*ranked, "--model", "embedded", "--pretrained", "openai"], "--pretrained needs --model, an open_clip name"),
         ([*some, "--methods", "golden"], "--methods golden: needs --rankings"),
         ([*some, "--methods", "guess"], "--methods guess: must be one of"),
@@ -345,7 +347,10 @@ def test_bad_input_is_one_line_and_writes_nothing(data, address, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_table_is_named(tmp_path):
-    (tmp_path / "a.parquet").write_bytes(b"not Parquet")
-    with pytest.raises(UserError, match="cannot be read"):
-        figures.figures(str(tmp_path), ["a.parquet"], [])
+@pytest.mark.parametrize("names", [["bad.parquet"], ["good.parquet", "bad.parquet"]])
+def test_a_damaged_table_is_named(tmp_path, names):
+    pq.write_table(SCHEMA.empty_table(), tmp_path / "good.parquet")
+    (tmp_path / "bad.parquet").write_bytes(b"not Parquet")
+    for read in (figures.figures, figures.by_class, figures.retrieval):
+        with pytest.raises(UserError, match=r"cannot be read \(.*\); evaluate again"):
+            read(str(tmp_path), names, [])

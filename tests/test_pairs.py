@@ -257,6 +257,7 @@ def test_images_that_were_never_ranked_can_be_read_too(tmp_path):
     assert keys_of(batches) == ["0-001", "0-003"] and lost == ["0-002"]
     assert isinstance(batches[0], PairBatch) and batches[0].ranking is None and batches[0].labels.tolist() == [0]
     assert keys_of(pairs.unranked([str(tmp_path / "a.tar")], to_tensor, 2, limit=1)) == ["0-001"]
+    assert keys_of(pairs.unranked([str(tmp_path / "a.tar")], to_tensor, 1)) == ["0-001", "0-003"]  # a batch is lost
     write_shard(tmp_path / "c.tar", ["1-001", "1-002", "1-003"])
     both = [str(tmp_path / "a.tar"), str(tmp_path / "c.tar")]
     parts = [keys_of(pairs.unranked(both, to_tensor, 2, limit=5, rank=rank, world=2)) for rank in range(2)]

@@ -22,14 +22,23 @@ GPU = {"CPU": 8.0, "GPU": 4.0}
         ([8, 8], None, 3, (4, 4)),
         ([0, 8, 8], None, None, (2, 8)),  # together, one a machine
         ([16, 8, 8, 8], None, None, (5, 8)),
-        ([], None, None, (1, 1)),  # none yet
     ],
 )
 def test_cores_are_shared_out_so_that_all_find_room(monkeypatch, cores, actors, shards, expected):
     monkeypatch.setattr(places, "_nodes", lambda: [{"CPU": float(count)} for count in cores])
     found, room = places._places(actors, None, None, shards)
     assert (found.actors, found.cpus) == expected and found.gpus == 0
-    assert room >= found.actors or not cores
+    assert room >= found.actors
+
+
+@pytest.mark.parametrize("nodes", [[], [{"memory": 8e9}]])  # no machine yet, or a head without cores
+def test_before_a_machine_is_up_its_gpus_are_not_guessed(monkeypatch, nodes):
+    monkeypatch.setattr(places, "_nodes", lambda: nodes)
+    with pytest.raises(UserError, match="no machine of the cluster is up yet"):
+        places._places(None, None, None, 1000)
+    for gpus in (0, 1):
+        found, room = places._places(8, None, gpus, 1000)
+        assert (found.actors, found.cpus, found.gpus, room) == (8, 1, gpus, 0)
 
 
 @pytest.mark.parametrize("shards, warned", [(1000, False), (None, True)])

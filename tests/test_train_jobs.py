@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from small_model import save_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import patchrank
+from cluster import training_flags
 from cluster.rank import SearchJob, search
 from cluster.training_tasks import TokensTask, open_images
 from patchrank import classes, evaluate, predictor, prompts, rankings, shards
@@ -164,6 +167,8 @@ def test_text_tokens_bring_their_class_embeddings(data, untrained, tmp_path):
         losses.append(loss.item())
     assert sum(losses[-5:]) < sum(losses[:5])
     after = task.evaluate(module, 0, 1, lambda tensor: tensor)
+    nothing = replace(task, images=open_images(str(data / "rankings"), dtype="float32", held_out=0)[0])
+    assert nothing.evaluate(nothing.start(torch.device("cpu")), 0, 1, lambda tensor: tensor) == {}
     task.save(module, str(tmp_path), {}, after, [task.report()])
 
     tokens, record = prompts.load(str(tmp_path), images.tower, model.weights)
@@ -178,6 +183,17 @@ def test_text_tokens_bring_their_class_embeddings(data, untrained, tmp_path):
     (tmp_path / "classes.safetensors").unlink()
     with pytest.raises(UserError, match=r"classes\.safetensors is missing"):
         Bundle.from_training(model, str(untrained / "same"), str(tmp_path))
+
+
+def test_shards_that_were_not_searched_are_told(data, tmp_path, capsys):
+    (tmp_path / "other.tar").write_bytes(b"")
+    parser = argparse.ArgumentParser()
+    training_flags.add_images(parser)
+    parser.set_defaults(seed=0)
+    args = parser.parse_args(flags(data, "--shards", str(data / "images-0.tar"), str(tmp_path / "other.tar")))
+    images, _ = training_flags.images(args)
+    assert images.pairs.shards == [str(data / "images-0.tar")]
+    assert f"warning: 1 of the shards have no rankings in {data / 'rankings'}, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
