@@ -7,7 +7,6 @@ import functools
 import os
 import tempfile
 from collections.abc import Iterator
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
@@ -61,13 +60,14 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """
     if is_local(uri):
         return fs.LocalFileSystem(), absolute(uri)
-    parts = urlsplit(absolute(uri))
-    options = [parts.query] if parts.query else []
-    if parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in parts.query:
+    scheme, _, rest = absolute(uri).partition("://")
+    path, _, query = rest.partition("?")  # "#" is a character like others
+    options = [query] if query else []
+    if scheme in ("gs", "gcs") and "retry_limit_seconds" not in query:
         options.append("retry_limit_seconds=30")  # pyarrow's default is a quarter of an hour
-    query = "?" + "&".join(options) if options else ""
-    path = f"{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
-    return _remote(f"{parts.scheme}://{parts.netloc}", query), path
+    bucket, slash, key = path.partition("/")
+    system = _remote(f"{scheme}://{bucket}", "?" + "&".join(options) if options else "")
+    return system, f"{bucket.rpartition('@')[2]}{slash}{key}".rstrip("/")
 
 
 @functools.lru_cache(maxsize=64)  # connecting to a bucket asks for its region: one request a bucket, not one a shard
