@@ -147,7 +147,7 @@ class Bundle(
         visual = model.visual
         bundle = cls(
             model={
-                "name": open_clip_name(about["name"], about["pretrained"]),
+                "name": _public(open_clip_name(about["name"], about["pretrained"])),
                 "pretrained": None if about["pretrained"] is None else os.path.basename(about["pretrained"]),
                 "weights": {dtype_name(dtype): tower_digest(visual, dtype) for dtype in _DTYPES},
                 "cut": about["cut"],
@@ -259,6 +259,12 @@ class Bundle(
             card.unlink()
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         storage.write_atomic(str(save_directory / SAFETENSORS_SINGLE_FILE), save(weights, {"format": "pt"}))
+
+
+def _public(name: str) -> str:
+    """A model's name without the folders of a `local-dir:` path, which say where it lay on one machine."""
+    kind, _, path = name.partition(":")
+    return f"{kind}:{os.path.basename(path.rstrip('/'))}" if kind == "local-dir" else name
 
 
 def _table(figures: Sequence[Mapping[str, Any]]) -> str:

@@ -332,6 +332,8 @@ def _schedule_for(
     cut: int,
 ) -> Schedule:
     """The schedule that keeps most tokens within a share of the unpruned model's multiply-adds."""
+    if not 0 < share <= 1:
+        raise UserError(f"multiply_adds {share}: must be above 0 and at most 1, a share of the unpruned model's")
     budget = share * full_multiply_adds(visual)
     for kept in range(_num_tokens(visual), 0, -1):
         schedule = _checked(visual, _spread(visual, blocks, kept))

@@ -81,7 +81,8 @@ def from_csv(
             class names, which are numbered in sorted order. An empty label means none.
 
     Raises:
-        UserError: the file cannot be read, has no such column, no rows, a row without a path, or labels of both kinds.
+        UserError: the file cannot be read, has no such column, no rows, a row without a path, a negative label, or
+            labels of both kinds.
     """
     try:
         with open(file, newline="", encoding="utf-8-sig") as stream:
@@ -106,6 +107,8 @@ def from_csv(
     if integers and len(integers) < len(labels):
         name = next(label for label in labels if label not in integers)
         raise UserError(f"{file}: labels are either integers or names, but there are {integers[0]!r} and {name!r}")
+    if negative := next((label for label in integers if int(label) < 0), None):
+        raise UserError(f"{file}: label {negative} is negative; leave it empty where an image has none")
     numbers = {label: int(label) if integers else index for index, label in enumerate(labels)}
     folder = root if root is not None else os.path.dirname(file)
     files = [SourceImage(folder, path, numbers.get(label)) for _, path, label in lines]

@@ -183,6 +183,7 @@ TABLES = {
     "norows": b"path\n",
     "nopath": b"path,label\na.jpg,1\n,2\n",
     "both": b"path,label\na.jpg,1\nb.jpg,cat\n",
+    "negative": b"path,label\na.jpg,1\nb.jpg,-1\n",
 }
 REFUSED = [
     ("--images missing --out out", "missing: no such folder of images"),
@@ -197,6 +198,7 @@ REFUSED = [
     ("--csv norows.csv --out out", "norows.csv: no rows"),
     ("--csv nopath.csv --out out", "nopath.csv, line 3: no path"),
     ("--csv both.csv --out out", "both.csv: labels are either integers or names, but there are '1' and 'cat'"),
+    ("--csv negative.csv --out out", "negative.csv: label -1 is negative; leave it empty where an image has none"),
     ("--csv both.csv --out out --path-column file", "both.csv: no column 'file', only path, label"),
     ("--csv norows.csv --out out --label-column class", "norows.csv: no column 'class', only path"),
 ]

@@ -245,6 +245,7 @@ def test_a_model_with_a_text_tower_of_its_own_class():
         ("class-atention", {}, "class-atention: no such folder"),
         (3, {}, "a int does not tell how to prune"),
         ("random", {"keep": 0}, "keep 0: must be"),
+        ("random", {"multiply_adds": 50}, "multiply_adds 50: must be above 0 and at most 1"),
         ("random", {"keep": 1.1}, "keep 1.1: must be"),
         ("random", {"keep": 0.01}, "keep 0.01: must be at most 1 and leave at least one of 20 tokens"),
         ("random", {"keep": {9: 0.5}}, "block 9: this model has blocks 0 to 3"),
