@@ -67,6 +67,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "lazy k=1 c=2": {**LAZY, "rescore": 2, "remove_per_step": 1},
     "lazy k=8 c=2": {**LAZY, "rescore": 2, "remove_per_step": 8},
     "lazy k=4 c=4": {**LAZY, "rescore": 4},
+    "exact k=59": {**LAZY, "rescore": None, "remove_per_step": 59},
     "exact k=30": {**LAZY, "rescore": None, "remove_per_step": 30},
     "exact k=20": {**LAZY, "rescore": None, "remove_per_step": 20},
     "exact k=10": {**LAZY, "rescore": None, "remove_per_step": 10},
@@ -109,9 +110,11 @@ class Remembering(Candidates):
 
 
 def photos(uri: str, count: int) -> Iterator[shards.Sample]:
-    """The readable ones among the first so many samples of a shard."""
+    """The labelled ones among the first so many samples of a shard."""
     with shards.readable(uri):
-        yield from (sample for sample in shards.read(uri, count) if isinstance(sample, shards.Sample))
+        for sample in shards.read(uri, count):
+            if isinstance(sample, shards.Sample) and sample.label is not None:
+                yield sample
 
 
 def searched(folders: list[str], uris: list[str], tower: Tower, model: Model) -> dict[tuple[str, str, str], Tensor]:
@@ -204,11 +207,11 @@ def measure(args: argparse.Namespace) -> int:
     gpu = torch.cuda.is_available()
     dtype = models.resolve_dtype(args.dtype, gpu)
     tower = Tower(model.visual, args.cut, dtype, "cuda" if gpu else "cpu", args.model)
-    about = {"model": args.model, "weights": model.weights, "dtype": models.dtype_name(tower.dtype)}
-    if any(one["weights"] != about["weights"] or one["dtype"] != about["dtype"] for one in rows):
-        raise UserError(f"{args.results}: of other weights or another precision; name another file")
     uris = shards.expand(args.shards)
     rankings_ = searched(args.rankings, uris, tower, model)
+    about = {"weights": model.weights, "cut": tower.cut, "dtype": models.dtype_name(tower.dtype)}
+    if any(one.get(name) != value for one in rows for name, value in about.items()):
+        raise UserError(f"{args.results}: of other weights, another cut or another precision; name another file")
     embeddings = prototypes(args, tower, model).to(tower.device)
     preprocess = model.preprocess()
     todo = [(uri, sample) for uri in uris for sample in photos(uri, args.photos)]
@@ -216,14 +219,18 @@ def measure(args: argparse.Namespace) -> int:
         for uri, sample in tqdm(todo, unit=" photos", disable=not sys.stderr.isatty()):
             shard = os.path.basename(uri)
             missing = [name for name in wanted if (shard, sample.key, name) not in done]
-            pixels = preprocess(decode(sample.image))[None]
+            try:
+                pixels = preprocess(decode(sample.image))[None]
+            except ValueError as error:
+                tqdm.write(f"{shard} {sample.key}: {error}", file=sys.stderr)
+                continue
             known: dict[bytes, Tensor] = {}
             for name in missing:
                 searcher = Searcher(tower, SearchConfig(**SEARCHES.get(name, {})), embeddings, model.logit_scale)
                 searcher.candidates = Remembering(searcher.candidates, known)
                 ranking = rankings_.get((shard, sample.key, name))
                 found = row(name, searcher, sample, pixels, embeddings, ranking)
-                rows.append({"shard": shard, "key": sample.key, **found, **about})
+                rows.append({"shard": shard, "key": sample.key, **found, "model": args.model, **about})
             if missing:
                 pq.write_table(pa.Table.from_pylist(rows), f"{args.results}.new")
                 os.replace(f"{args.results}.new", args.results)

@@ -66,7 +66,7 @@ class Sleeper:
     """Simulated actors: as many as its process has threads. Imports no torch, as there are many of them."""
 
     def __init__(self) -> None:
-        self._progress: dict[int, Any] = {}
+        self._progress: dict[str, Any] = {}
 
     def ready(self, shared: None) -> str:
         """Returns once the modules of a real actor's report are there."""
@@ -77,26 +77,25 @@ class Sleeper:
 
     @ray.method(concurrency_group="progress")
     def progress(self, shard: str) -> Any:
-        """How far one of the shards in work is."""
-
-        return next(iter([*self._progress.values()]), Progress())
+        """How far a shard in work is."""
+        return self._progress.get(shard, Progress())
 
     def rank(self, shared: None, shard: str, plan: Sleep) -> Any:
         """Sleep for a shard, and write its table."""
         from cluster.progress import ShardReport
         from patchrank import rankings
 
-        start, thread = time.monotonic(), threading.get_ident()
-        progress = self._progress[thread] = Progress(cosine=[0.0] * len(plan.table["pruned"][0]))
+        start = time.monotonic()
+        progress = self._progress[shard] = Progress(cosine=[0.0] * len(plan.table["pruned"][0]))
         spread = 0.8 + 0.4 * (zlib.crc32(shard.encode()) % 101 / 100)
         while (left := start + plan.seconds * spread - time.monotonic()) > 0:
             time.sleep(min(1.0, left))
             progress.images = min(len(plan.table), int(len(plan.table) * (time.monotonic() - start) / plan.seconds))
         progress.images = len(plan.table)
         size = rankings.write(plan.folder, shard, plan.table, [], plan.fingerprint)
-        del self._progress[thread]
+        del self._progress[shard]
         # Start and end, from which the driver tells how many were at work when, in place of the peak memory.
-        return ShardReport(progress, None, time.monotonic() - start, size, 0, f"{start} {time.monotonic()}")
+        return ShardReport(progress, None, size, 0, f"{start} {time.monotonic()}")
 
 
 class Lane:
@@ -156,14 +155,16 @@ def simulate(actors: int, seconds: float, processes: int) -> bool:
     with tempfile.TemporaryDirectory(prefix="patchrank-") as folder:
         fingerprint = rankings.prepare(folder, {"grid": list(GRID), "keep_rates": list(KEEP_RATES)})
         with connected("local", actors=None, cpus=None, gpus=0, shards=len(uris)):
-            watcher = threading.Thread(target=watch)
-            watcher.start()
             summary = SearchSummary(folder, len(uris), 0)
             pool = Simulation(actors, processes)
             plan: Any = Sleep(folder, fingerprint, seconds, drawn(0, IMAGES))
-            work_through(pool, "rank", "search", ray.put(plan), uris, summary)
-            done.set()
-            watcher.join()
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            try:
+                work_through(pool, "rank", "search", ray.put(plan), uris, summary)
+            finally:
+                done.set()
+                watcher.join()
         written = len(rankings.finished(folder, uris))
     times = [tuple(map(float, report.process.split())) for report in summary.reports.values()]
     full, empty = sorted(start for start, _ in times)[actors - 1], max(start for start, _ in times)

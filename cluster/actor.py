@@ -8,7 +8,6 @@ import os
 import resource
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -135,7 +134,6 @@ class RankingActor:
 
         Can be called from several threads: then the device goes from one shard to the next without a break.
         """
-        start = time.monotonic()
         with self._watched(shard) as progress:
             metrics = self._metrics[shard] = Metrics(progress)
             check_folder(plan.folder, plan.fingerprint)
@@ -149,7 +147,7 @@ class RankingActor:
                 size = write(plan.folder, plan.fingerprint, shard, ranked)
             self._metrics.pop(shard, None)
             metrics.tell()
-            return report(ranked, progress, start, size)
+            return report(ranked, progress, size)
 
     def estimate(self, shared: Shared, shard: str, plan: Plan, seconds: float) -> Timing | Failed:
         """How long an image of a shard takes, from about so many seconds of timing; nothing is written."""
@@ -188,11 +186,11 @@ class RankingActor:
             return sums, counts, progress
 
 
-def report(found: ShardResult, progress: Progress, start: float, size: int) -> ShardReport:
-    """Of a shard that was begun at `start` and whose files take so many bytes."""
+def report(found: ShardResult, progress: Progress, size: int) -> ShardReport:
+    """Of a shard whose files take so many bytes."""
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     process = f"{socket.gethostname()} {os.getpid()}"
-    return ShardReport(progress, found.error, time.monotonic() - start, size, memory, process)
+    return ShardReport(progress, found.error, size, memory, process)
 
 
 def write(

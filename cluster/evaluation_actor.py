@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +51,6 @@ class EvaluationActor(RankingActor):
 
     def evaluate(self, shared: Shared, shard: str, plan: EvaluationPlan) -> ShardReport:
         """Evaluate a shard and write its table and its rejects. Raises OutputError where they cannot be written."""
-        start = time.monotonic()
         check_folder(plan.folder, plan.fingerprint, "evaluation")
         tower, preprocess = self._load(shared)
         evaluator = ShardEvaluator(
@@ -73,7 +71,7 @@ class EvaluationActor(RankingActor):
             found = evaluator.evaluate(shard, progress)
             with progress.timed("write"):
                 size = write(plan.folder, plan.fingerprint, shard, found, "evaluation", rankings.serialise)
-            return report(found, progress, start, size)
+            return report(found, progress, size)
 
     def latency(self, shared: Shared, item: str, plan: LatencyPlan) -> tuple[list[dict[str, Any]], str]:
         """Seconds a batch and speed-up of every method at every keep rate and batch size, and the device's name."""

@@ -28,7 +28,6 @@ class ShardReport:
     Attributes:
         progress: images, rejects, candidates.
         error: why the shard could not be read to its end, or None.
-        seconds: from the first byte read to the table written.
         bytes: of the table on disk.
         memory: peak memory of the actor's process so far, in bytes.
         process: which process that was, on which machine.
@@ -36,7 +35,6 @@ class ShardReport:
 
     progress: Progress
     error: str | None
-    seconds: float
     bytes: int
     memory: int
     process: str

@@ -68,7 +68,8 @@ def test_the_table_and_the_picture(measured, tmp_path):
     [
         (["--searches", "no such"], "--searches no such: none of them"),
         (["--shards", "lost.tar"], "lost.tar: "),
-        (["--dtype", "float16"], "of other weights or another precision"),
+        (["--dtype", "float16"], "of other weights, another cut or another precision"),
+        (["--cut", "2"], "of other weights, another cut or another precision"),
         (["--cut", "2", "--rankings", "{undisturbed}"], "another cut (1)"),
     ],
 )
