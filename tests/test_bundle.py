@@ -99,7 +99,7 @@ def test_the_model_card_tells_how_to_use_it_and_how_good_it_is(trained, tmp_path
     bundle.with_figures(FIGURES).save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == "patchrank" and {"clip", "token-pruning"} <= set(card.data.tags)
-    assert str(folder) not in card.text + (tmp_path / "config.json").read_text()  # it goes where there is no such folder
+    assert str(folder) not in card.text + (tmp_path / "config.json").read_text()  # it goes elsewhere
     assert "patchrank.prune(model" in card.text and "| 3, before block 1 |" in card.text
     assert (
         "| predictor | 0.5 | 7 |  | 0.9877 |  |" in card.text
@@ -137,7 +137,7 @@ def test_a_bundle_of_another_model_is_refused_by_name(trained, tmp_path):
     for number, vision in enumerate(({"seed": 1}, {"layers": 5}, {"image_size": 28}, {"head_width": 16})):
         other = open_clip.create_model(save_model(tmp_path / str(number), **vision))
         before = other.visual
-        with pytest.raises(UserError, match=rf"this bundle is for local-dir:model, image tower {model.weights}, and this"):
+        with pytest.raises(UserError, match=f"this bundle is for local-dir:model, image tower {model.weights}, and"):
             patchrank.prune(other, bundle)
         assert other.visual is before
 
