@@ -219,6 +219,8 @@ def measure(args: argparse.Namespace) -> int:
         for uri, sample in tqdm(todo, unit=" photos", disable=not sys.stderr.isatty()):
             shard = os.path.basename(uri)
             missing = [name for name in wanted if (shard, sample.key, name) not in done]
+            if not missing:
+                continue
             try:
                 pixels = preprocess(decode(sample.image))[None]
             except ValueError as error:
@@ -231,10 +233,9 @@ def measure(args: argparse.Namespace) -> int:
                 ranking = rankings_.get((shard, sample.key, name))
                 found = row(name, searcher, sample, pixels, embeddings, ranking)
                 rows.append({"shard": shard, "key": sample.key, **found, "model": args.model, **about})
-            if missing:
-                pq.write_table(pa.Table.from_pylist(rows), f"{args.results}.new")
-                os.replace(f"{args.results}.new", args.results)
-                print(f"{shard} {sample.key}: {len(missing)} searches, {len(known)} candidates", flush=True)
+            pq.write_table(pa.Table.from_pylist(rows), f"{args.results}.new")
+            os.replace(f"{args.results}.new", args.results)
+            print(f"{shard} {sample.key}: {len(missing)} searches, {len(known)} candidates", flush=True)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -100,11 +101,9 @@ def _make_prototypes(
     pool: Pool, uris: list[str], folder: str, identity: str, names: list[str] | None, images_per_batch: int
 ) -> Classes:
     """Have the prototypes made."""
-    early = {}
+    order, early = deque(uris), {}
     total: tuple[Tensor, Tensor] | None = None  # (K, E), (K,)
     left_out = 0
-    missing = iter(uris)
-    wanted = next(missing, None)
     with contextlib.closing(Meter("prototypes", len(uris), folder)) as meter:
 
         def show() -> None:
@@ -113,14 +112,14 @@ def _make_prototypes(
         for uri, result in pool.run("class_sums", uris, names and len(names), images_per_batch, tick=show):
             if isinstance(result, Failed):
                 raise UserError(f"--prototypes {uri}: {result.reason}")
-            early[uri] = result
-            meter.add(result[2])
+            sums, counts, progress = result
+            early[uri] = sums, counts
+            left_out += progress.rejects
+            meter.add(progress)
             show()
-            while wanted in early:  # in the order of the shards, not that of the actors: addition rounds
-                sums, counts, progress = early.pop(wanted)
+            while order and order[0] in early:  # not in the order of the actors: addition rounds
+                sums, counts = early.pop(order.popleft())
                 total = (sums, counts) if total is None else (_added(total[0], sums), _added(total[1], counts))
-                left_out += progress.rejects
-                wanted = next(missing, None)
     if left_out:
         print(
             f"warning: {left_out} samples of --prototypes have no readable image and label of a class", file=sys.stderr

@@ -61,7 +61,7 @@ def images(args: argparse.Namespace) -> tuple[RankedImages, Model]:
     if left_out := opened.pairs.shards_without_rankings:
         print(
             f"warning: {len(left_out)} of the shards have no rankings in {args.rankings}, {left_out[0]} the first; "
-            f"training goes without them",
+            "training goes without them",
             file=sys.stderr,
         )
     return opened, loaded

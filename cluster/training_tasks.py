@@ -154,11 +154,9 @@ def open_images(
 
 
 def _figures(part: str, comparison: Comparison, suffix: dict[str, str]) -> dict[str, float]:
-    """Figures by name: those of a comparison at one keep rate; `suffix` ends the names, by method. None of no image."""
+    """Figures by name: those of a comparison at one keep rate; `suffix` ends the names, by method."""
     figures: dict[str, float] = {}
     for row in comparison.rows():
-        if not row.images:
-            continue
         names = {"top-1": row.top1, "cosine": None if row.method == UNPRUNED else row.cosine}
         figures |= {f"{part}/{name} {suffix[row.method]}": value for name, value in names.items() if value is not None}
     return figures

@@ -99,7 +99,7 @@ class Row:
         keep: share of the patch tokens that stay.
         images: how many were compared.
         top1: share of the labelled images that are classified right; None without class embeddings or labels.
-        cosine: to the embedding of the whole image without learnable tokens.
+        cosine: to the embedding of the whole image without learnable tokens; None where there were no images.
         matching: matching rate at m; None where the images have no golden rankings, or nothing is pruned.
     """
 
@@ -107,7 +107,7 @@ class Row:
     keep: float
     images: int
     top1: float | None
-    cosine: float
+    cosine: float | None
     matching: float | None
 
 
@@ -172,7 +172,7 @@ class Comparison:
                     keep=keep,
                     images=int(images),
                     top1=hits / labelled if labelled else None,
-                    cosine=cosine / images if images else float("nan"),
+                    cosine=cosine / images if images else None,
                     matching=matching / ranked if ranked else None,
                 )
             )

@@ -184,9 +184,7 @@ def file_name(shard: str) -> str:
 
     The hash keeps apart shards of one base name in different folders; the stem is there for people.
     """
-    uri = storage.absolute(shard)
-    if not storage.is_local(uri):
-        uri = uri.partition("?")[0]  # the same shard, whatever the endpoint or the region that it is asked for at
+    uri, _ = storage.split_options(storage.absolute(shard))  # the same shard at any endpoint and region
     base = re.sub(r"\.(tar|tar\.gz|tgz)$", "", uri.rpartition("/")[2])
     stem = re.sub(r"[^A-Za-z0-9._-]", "_", base)[:100]  # no glob characters, and no name too long for a disk
     return f"{stem}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}.parquet"

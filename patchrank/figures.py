@@ -75,9 +75,7 @@ def retrieval(folder: str, names: Sequence[str], encode: Callable[[list[str]], n
     """
     data = _dataset(folder, names)
     captioned = ds.field("captions").is_valid()
-    with _reading(folder):
-        whole = data.to_table(["shard", "key", "captions"], filter=captioned & (ds.field("method") == UNPRUNED))
-        named = data.to_table(["method", "keep"]).to_pylist()
+    whole = _rows(folder, data, ["shard", "key", "captions"], captioned & (ds.field("method") == UNPRUNED))
     if not len(whole):
         return []
     images = list(zip(whole["shard"].to_pylist(), whole["key"].to_pylist(), strict=True))
@@ -86,11 +84,10 @@ def retrieval(folder: str, names: Sequence[str], encode: Callable[[list[str]], n
     owner = np.repeat(np.arange(len(images)), [len(texts) for texts in captions])  # (M,)
     texts = encode(list(itertools.chain.from_iterable(captions)))  # (M, E)
     result = []
-    cells = {(row["method"], row["keep"]) for row in named}
+    cells = {(row["method"], row["keep"]) for row in _rows(folder, data, ["method", "keep"]).to_pylist()}
     for method, keep in sorted(cells, key=lambda cell: (cell[0] != UNPRUNED, cell[0], -cell[1])):
         mine = captioned & (ds.field("method") == method) & (ds.field("keep") == keep)
-        with _reading(folder):
-            table = data.to_table(["shard", "key", "embedding"], filter=mine)
+        table = _rows(folder, data, ["shard", "key", "embedding"], mine)
         vectors = np.zeros((len(images), texts.shape[1]), np.float32)  # (I, E)
         rows = [row_of[image] for image in zip(table["shard"].to_pylist(), table["key"].to_pylist(), strict=True)]
         flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
@@ -143,6 +140,11 @@ def _dataset(folder: str, names: Sequence[str]) -> ds.Dataset:
     resolved = [storage.resolve(storage.join(folder, name)) for name in names]
     with _reading(folder):
         return ds.dataset([path for _, path in resolved], filesystem=resolved[0][0], format="parquet")
+
+
+def _rows(folder: str, data: ds.Dataset, columns: list[str], which: ds.Expression | None = None) -> pa.Table:
+    with _reading(folder):
+        return data.to_table(columns, filter=which)
 
 
 @contextlib.contextmanager

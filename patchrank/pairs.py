@@ -205,7 +205,7 @@ class Pairs:
             rows = (next(stream) for stream in itertools.cycle(streams))
             done = start - epoch * steps if epoch == start // steps else 0
             mine = itertools.islice(rows, done * per_step, steps * per_step)
-            yield from self._batches(mine, size, self.features, in_step=True)
+            yield from self._batches(mine, size, training=True)
 
     def held_out(self, size: int, rank: int = 0, world: int = 1, limit: int | None = None) -> Iterator[PairBatch]:
         """The held-out images once, in the order of the shards; every world-th where several ranks share the work.
@@ -215,7 +215,7 @@ class Pairs:
             limit: the first so many, of all ranks together.
         """
         rows = (row for uri in self.shards for row in self._pairs(uri) if is_held_out(row.key, self.share))
-        yield from self._batches(itertools.islice(rows, rank, limit, world), size, in_step=False)
+        yield from self._batches(itertools.islice(rows, rank, limit, world), size, training=False)
 
     def _count(self, shard: str) -> tuple[int, int]:
         keys = self.corpus.shard(shard, ["key"])["key"].to_pylist()
@@ -272,13 +272,12 @@ class Pairs:
         found.undecodable = self.partners.get(shard, found).undecodable
         self.partners[shard] = found
 
-    def _batches(
-        self, rows: Iterable[_Pair], size: int, features: Features | None = None, *, in_step: bool
-    ) -> Iterator[PairBatch]:
+    def _batches(self, rows: Iterable[_Pair], size: int, training: bool) -> Iterator[PairBatch]:
         def undecodable(pair: _Pair) -> None:
             self.partners.setdefault(pair.shard, Partners()).undecodable.add(pair.key)
 
-        return _decoded(rows, self.preprocess, size, self.threads, undecodable, features, in_step=in_step)
+        features = self.features if training else None
+        return _decoded(rows, self.preprocess, size, self.threads, undecodable, features, in_step=training)
 
     def _trouble(self) -> str:
         errors = [f"{uri}: {found.error}" for uri, found in self.partners.items() if found.error]
@@ -375,10 +374,10 @@ def _decoded(
                     undecodable(pair)
                 else:
                     loaded.append((pair, pixels))
-            if not loaded and in_step:
-                raise UserError(f"{batch[0][0].shard}: its images cannot be decoded any more, {len(batch)} in a row")
             if loaded:
                 yield _batch(loaded, features is not None)
+            elif in_step:
+                raise UserError(f"{batch[0][0].shard}: its images cannot be decoded any more, {len(batch)} in a row")
 
 
 def _batch(loaded: list[tuple[_Pair, Tensor]], are_tokens: bool) -> PairBatch:

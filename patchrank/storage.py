@@ -42,14 +42,20 @@ def absolute(uri: str) -> str:
             f"{scheme}://{bucket}: credentials in a URI would show in logs and tables; put them into the environment "
             "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or ~/.aws"
         )
-    path, mark, options = uri.partition("?")
-    return path.rstrip("/") + mark + options
+    path, options = split_options(uri)
+    return path.rstrip("/") + options
+
+
+def split_options(uri: str) -> tuple[str, str]:
+    """A URI without its options, and these from the "?" on; a local path has none, and may hold a "?"."""
+    path, mark, options = (uri, "", "") if is_local(uri) else uri.partition("?")
+    return path, mark + options
 
 
 def join(folder: str, *names: str) -> str:
     """The URI of a file below a folder; the options of a remote URI, after "?", stay at its end."""
-    path, mark, options = (folder, "", "") if is_local(folder) else folder.partition("?")
-    return "/".join([path.rstrip("/"), *names]) + mark + options
+    path, options = split_options(folder)
+    return "/".join([path.rstrip("/"), *names]) + options
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
@@ -60,12 +66,13 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """
     if is_local(uri):
         return fs.LocalFileSystem(), absolute(uri)
-    scheme, _, rest = absolute(uri).partition("://")
-    path, _, query = rest.partition("?")  # "#" is a character like others
+    path, mark_and_query = split_options(absolute(uri))
+    scheme, _, rest = path.partition("://")
+    query = mark_and_query.removeprefix("?")
     options = [query] if query else []
     if scheme in ("gs", "gcs") and "retry_limit_seconds" not in query:
         options.append("retry_limit_seconds=30")  # pyarrow's default is a quarter of an hour
-    bucket, slash, key = path.partition("/")
+    bucket, slash, key = rest.partition("/")  # of the key "#" is a character like others
     system = _remote(f"{scheme}://{bucket}", "?" + "&".join(options) if options else "")
     return system, f"{bucket.rpartition('@')[2]}{slash}{key}".rstrip("/")
 
