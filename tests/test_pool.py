@@ -89,7 +89,8 @@ def test_what_shares_an_actor_with_a_bad_item_is_done_all_the_same(tmp_path):
     assert {item for item, result in results.items() if isinstance(result, str)} == {"a", "b", "once", "c"}
     for item in ("die-1", "die-2"):
         assert results[item].reason.startswith("its worker died 3 times: ")
-        assert 3 <= len((tmp_path / item).read_text()) <= 4  # once more where "bad" had its process killed
+        # One of the deaths may be a neighbour's, and one is not counted where "bad" had the process killed.
+        assert ATTEMPTS - 1 <= len((tmp_path / item).read_text()) <= ATTEMPTS + 1
     assert results["bad"] == Failed("ValueError: two lines")
 
 
