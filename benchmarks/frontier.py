@@ -45,23 +45,28 @@ from patchrank.search import SearchConfig, Searcher, tokens_kept
 from patchrank.vit import Tower
 
 KEEP_RATES = (0.8, 0.7, 0.6, 0.5, 0.4)
-PAPER, DEFAULT = "one-shot r=2", "effects k=4"
+PAPER, DEFAULT = "one-shot r=2", "effects k=4 m=2"
 RANDOM, ATTENTION = "random", "class-token attention"
 ONE_SHOT = {"steps": 1, "rank_by": "scores"}
-LAZY = {"rank_by": "scores"}
+LAZY = {"rank_by": "scores", "remove_per_step": 4}
+SINGLE = {"proposals": 1}
 SEARCHES: dict[str, dict[str, Any]] = {
     PAPER: {**ONE_SHOT, "block": 2},
     "one-shot r=1": ONE_SHOT,
     "one-shot r=3": {**ONE_SHOT, "block": 3},
     "effects one-shot": {"steps": 1},
     "effects one-shot r=2": {"steps": 1, "block": 2},
-    **{f"effects k={k}": {"remove_per_step": k} for k in (16, 8, 4, 2, 1)},
-    "effects r=2 k=4": {"block": 2},
-    "effects k=4 c=1": {"rescore": 1},
-    "effects k=8 c=1": {"rescore": 1, "remove_per_step": 8},
-    "effects k=4 c=2": {"rescore": 2},
-    "effects exact k=59": {"rescore": None, "remove_per_step": 59},
-    "effects exact k=30": {"rescore": None, "remove_per_step": 30},
+    **{f"effects k={k}": {**SINGLE, "remove_per_step": k} for k in (16, 8, 4, 2, 1)},
+    **{
+        f"effects k={k} m={m}": {"remove_per_step": k, "proposals": m}
+        for k, m in ((16, 4), (8, 2), (8, 4), (4, 2), (4, 3))
+    },
+    "effects r=2 k=4": {**SINGLE, "block": 2, "remove_per_step": 4},
+    "effects k=4 c=1": {**SINGLE, "rescore": 1, "remove_per_step": 4},
+    "effects k=8 c=1": {**SINGLE, "rescore": 1, "remove_per_step": 8},
+    "effects k=4 c=2": {**SINGLE, "rescore": 2, "remove_per_step": 4},
+    "effects exact k=59": {**SINGLE, "rescore": None, "remove_per_step": 59},
+    "effects exact k=30": {**SINGLE, "rescore": None, "remove_per_step": 30},
     "lazy k=4 c=1": {**LAZY, "rescore": 1},
     "lazy k=4 c=2": {**LAZY, "rescore": 2},
     "lazy k=1 c=2": {**LAZY, "rescore": 2, "remove_per_step": 1},
@@ -76,7 +81,8 @@ SEARCHES: dict[str, dict[str, Any]] = {
         for score in ("label", "confidence")
         for name, config in (
             (PAPER, {**ONE_SHOT, "block": 2}),
-            ("effects k=4", {}),
+            ("effects k=4", SINGLE),
+            ("effects k=4 m=2", {}),
             ("lazy k=4 c=2", {**LAZY, "rescore": 2}),
         )
     },

@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add("--block", type=int, default=default.block, help="side of the sliding blocks, in tokens (%(default)s)")
     add("--rescore", default=default.rescore, help="times remove-per-step tokens scored again, or 'all' (%(default)s)")
     add("--rank-by", default=default.rank_by, help=f"how scores become a ranking: {', '.join(RANK_BY)} (%(default)s)")
+    add("--proposals", type=int, default=default.proposals, help="by effects: sets that a step tries (%(default)s)")
     add("--keep-rates", type=float, nargs="*", default=list(SearchJob.keep_rates), help="to predict at (%(default)s)")
 
     add = job_flags.add_machines(result, "searches").add_argument
@@ -82,7 +83,16 @@ def job(args: argparse.Namespace) -> SearchJob:
         pretrained=args.pretrained,
         cut=args.cut,
         dtype=args.dtype,
-        config=SearchConfig(args.score, args.keep, args.steps, args.remove_per_step, args.block, rescore, args.rank_by),
+        config=SearchConfig(
+            args.score,
+            args.keep,
+            args.steps,
+            args.remove_per_step,
+            args.block,
+            rescore,
+            args.rank_by,
+            args.proposals,
+        ),
         keep_rates=args.keep_rates,
         class_names=args.classes if own_classes else str(assets.CLASSNAMES),
         templates=args.templates,

@@ -14,7 +14,9 @@ Two ways to read the candidates (`predict`):
                 mean over the blocks that cover it, divided by r * r. Effects add up: what a set of tokens does is
                 predicted by the sum of their effects on the embedding of what is left now, which is computed anew
                 after each step. So tokens are taken out one after the other, each the best beside those that left
-                before it, and the tokens of one step know of each other. Costs one candidate more a step.
+                before it, and the tokens of one step know of each other. A step tries several such sets of k tokens
+                (`proposals`), disjoint ones, and the one that turns out best leaves: that costs a candidate each. By
+                what the others turned out worse or better than predicted the effects of their tokens are corrected.
     "scores"    A token's score is the mean over the blocks that cover it, and keeps until it is scored again; a step
                 takes out the k tokens with the highest scores. With steps=1 this is the paper's search.
 """
@@ -64,6 +66,7 @@ class SearchConfig:
     block: int = 1  # r, the side of the sliding blocks, in tokens
     rescore: int | None = 0  # c, of the lazy search; None scores all again in every step
     rank_by: str = "effects"  # or "scores"
+    proposals: int = 2  # m, by effects: the sets of k tokens that a step tries
 
     def __post_init__(self) -> None:
         if self.score not in SCORES:
@@ -72,7 +75,7 @@ class SearchConfig:
             raise UserError(f"--rank-by {self.rank_by}: must be one of {', '.join(RANK_BY)}")
         if not 0 <= self.keep < 1:
             raise UserError(f"--keep {self.keep}: must be at least 0 and below 1")
-        for name, least in (("steps", 1), ("remove_per_step", 1), ("block", 1), ("rescore", 0)):
+        for name, least in (("steps", 1), ("remove_per_step", 1), ("block", 1), ("rescore", 0), ("proposals", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
@@ -91,6 +94,10 @@ class SearchConfig:
         """How many tokens are scored again, of `alive`, in a step after the first."""
         return alive if self.rescore is None else min(alive, self.rescore * self.remove_per_step)
 
+    def tries(self, alive: int, count: int) -> int:
+        """How many disjoint sets of `count` tokens, of those `alive`, a step by effects proposes."""
+        return min(self.proposals, alive // count) if count else 1
+
     def cost(self, grid: tuple[int, int]) -> list[Step]:
         """What the search costs an image of rows x columns tokens, a step after the other."""
         rows, columns = grid
@@ -98,9 +105,9 @@ class SearchConfig:
         for number, count in enumerate(self.removals(alive)):
             scored = blocks if number == 0 else min(blocks, self.wanted(alive) * self.block**2)
             result.append(Step(alive - self.block**2 if number == 0 else alive - 1, scored, count))
-            alive -= count
             if self.rank_by == "effects" and self.steps != 1:
-                result.append(Step(alive, 1, 0))
+                result.append(Step(alive - count, self.tries(alive, count), 0))
+            alive -= count
         return result
 
 
@@ -241,7 +248,6 @@ class Searcher:
     def _by_effects(self, tokens: Tensor, full: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor, int]:
         """As `_by_scores`."""
         alive = self._all_tokens(tokens)  # (B, A), ascending token ids
-        images = torch.arange(len(alive), device=alive.device)
         now = full  # (B, E), the embedding without the tokens that have left
         effects = full.new_zeros(*alive.shape, full.shape[1])  # (B, N, E)
         scores = full.new_zeros(alive.shape, dtype=torch.float64)  # (B, N)
@@ -258,15 +264,55 @@ class Searcher:
                 fresh, scored = self.candidates.measure(tokens, alive, wanted, effect, shared=True)
                 candidates += scored
                 effects = effects.scatter(1, wanted[..., None].expand_as(fresh), fresh)
-            leaving, now = self._take_out(now, effects, alive, count, scores, full, labels)  # (B, count), (B, E)
+            if self.config.steps == 1:
+                leaving, now, scores = self._take_out(now, effects, alive, count, scores, full, labels)
+            else:
+                leaving, now, scores, effects = self._best(tokens, now, effects, alive, count, scores, full, labels)
+                candidates += self.config.tries(alive.shape[1], count) * len(alive)
             step.scatter_(1, leaving, number)
             alive = without(alive, leaving)
             removed.append(leaving)
-            if self.config.steps != 1:
-                now = self.candidates.embed(tokens, images, alive)
-                candidates += len(images)
-        removed.append(self._take_out(now, effects, alive, alive.shape[1], scores, full, labels)[0])
+        last, _, scores = self._take_out(now, effects, alive, alive.shape[1], scores, full, labels)
+        removed.append(last)
         return torch.cat(removed, dim=1).flip(1), scores, step, candidates
+
+    def _best(
+        self,
+        tokens: Tensor,
+        now: Tensor,
+        effects: Tensor,
+        alive: Tensor,
+        count: int,
+        scores: Tensor,
+        full: Tensor,
+        labels: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Propose disjoint sets of tokens, embed the image without each, and choose the one without which it is best.
+
+        The effects of the other sets' tokens take equal shares of what the prediction of their set was wrong by: the
+        last of many tokens that can stand for one another, which looked as dispensable as the first, is known by that.
+
+        Returns:
+            The ids chosen, (B, count), and the embedding without them, (B, E); `scores` with what was predicted of
+            them, (B, N), and `effects` corrected, (B, N, E).
+        """
+        proposals, among = [], alive
+        for _ in range(self.config.tries(alive.shape[1], count)):
+            proposals.append(self._take_out(now, effects, among, count, scores, full, labels))
+            among = without(among, proposals[-1][0])
+        # (B, m, count), (B, m, E), (B, m, N)
+        leaving, predicted, expected = (torch.stack(part, dim=1) for part in zip(*proposals, strict=True))
+        batch, tries = leaving.shape[:2]
+        image = torch.arange(batch, device=alive.device).repeat_interleave(tries)  # (B * m,)
+        found = self.candidates.embed(tokens, image, without(alive[image], leaving.flatten(0, 1)))  # (B * m, E)
+        score = self._score(found, full[image], None if labels is None else labels[image]).unflatten(0, (batch, tries))
+        best = score.sort(dim=1, descending=True, stable=True).indices[:, :1, None]  # (B, 1, 1); the first of equals
+        found = found.unflatten(0, (batch, tries))  # (B, m, E)
+        wrong = ((found - predicted) / count).scatter(1, best.expand(-1, -1, found.shape[2]), 0.0)  # (B, m, E)
+        ids = leaving.flatten(1)[..., None].expand(-1, -1, found.shape[2])  # (B, m * count, E)
+        effects = effects.scatter_add(1, ids, wrong.repeat_interleave(count, dim=1))
+        leaving, now, scores = (part.take_along_dim(best, dim=1)[:, 0] for part in (leaving, found, expected))
+        return leaving, now, scores, effects
 
     def _take_out(
         self,
@@ -277,24 +323,23 @@ class Searcher:
         scores: Tensor,
         full: Tensor,
         labels: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Choose the tokens that leave, one after the other, each the best beside those before it.
-
-        Writes the predicted scores of the chosen into `scores`, (B, N).
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose tokens to leave, one after the other, each the best beside those before it.
 
         Returns:
-            Their ids in this order, (B, count), and the predicted embedding without them, (B, E).
+            Their ids in this order, (B, count), the predicted embedding without them, (B, E), and `scores`, (B, N),
+            with the predicted ones of the chosen.
         """
         gone = torch.ones_like(scores, dtype=torch.bool).scatter_(1, alive, False)  # (B, N)
         leaving = []
         for _ in range(count):
             predicted = self._predicted(now, effects, full, labels).masked_fill(gone, -math.inf)  # (B, N)
             token = predicted.sort(dim=1, descending=True, stable=True).indices[:, :1]  # (B, 1); the lower id of equals
-            scores.scatter_(1, token, predicted.gather(1, token))
+            scores = scores.scatter(1, token, predicted.gather(1, token))
             gone = gone.scatter(1, token, True)
             now = now + effects.gather(1, token[..., None].expand(-1, -1, effects.shape[2]))[:, 0]
             leaving.append(token)
-        return torch.cat(leaving, dim=1) if leaving else alive[:, :0], now
+        return torch.cat(leaving, dim=1) if leaving else alive[:, :0], now, scores
 
     def _predicted(self, now: Tensor, effects: Tensor, full: Tensor, labels: Tensor | None) -> Tensor:
         """The score, less 1, that each token's leaving is predicted to make: (B, E), (B, N, E) -> (B, N) float64."""

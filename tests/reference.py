@@ -94,16 +94,31 @@ def by_effects(config, everything, blocks, embedding_of, score_of):
                     heard[token].append(change / len(block & alive))
         for token, values in heard.items():
             effects[token] = sum(values) / len(values)
-        for _ in range(count):
-            token = min(alive, key=lambda token: (-score_of(now + effects[token]), token))
-            scores[token] = score_of(now + effects[token])
-            now = now + effects[token]
-            gone.append(token)
-            step[token] = number
-            alive = alive - {token}
-        if config.steps != 1:
-            now = embedding_of(alive)
-            candidates += 1
+        sets, left = [], alive
+        for _ in range(1 if config.steps == 1 or count == 0 else min(config.proposals, len(alive) // count)):
+            chosen, then, said = [], now, {}
+            for _ in range(count):
+                token = min(left, key=lambda token: (-score_of(then + effects[token]), token))
+                said[token] = score_of(then + effects[token])
+                then = then + effects[token]
+                chosen.append(token)
+                left = left - {token}
+            sets.append((chosen, then, said))
+        if config.steps == 1:
+            best, now = 0, sets[0][1]
+        else:
+            candidates += len(sets)
+            found = [embedding_of(alive - set(chosen)) for chosen, _, _ in sets]
+            best = max(range(len(sets)), key=lambda one: (score_of(found[one]), -one))
+            for one, (chosen, then, _) in enumerate(sets):
+                for token in chosen if one != best else []:
+                    effects[token] = effects[token] + (found[one] - then) / count
+            now = found[best]
+        chosen, _, said = sets[best]
+        scores.update(said)
+        step.update(dict.fromkeys(chosen, number))
+        gone += chosen
+        alive = alive - set(chosen)
     while alive:
         token = min(alive, key=lambda token: (-score_of(now + effects[token]), token))
         scores[token] = score_of(now + effects[token])

@@ -8,6 +8,7 @@ from here import run_here
 from tiny_search import tables
 
 pytest_plugins = ["tiny_results"]
+DEFAULT = "effects k=4 m=2"
 
 
 def measure(data, results, *flags):
@@ -25,7 +26,7 @@ def rows(results):
 @pytest.fixture(scope="module")
 def measured(data, tmp_path_factory):
     results = tmp_path_factory.mktemp("frontier") / "frontier.parquet"
-    done = measure(data, results, "--photos", "2", "--searches", "random", "one-shot r=2", "effects k=[24]")
+    done = measure(data, results, "--photos", "2", "--searches", "random", "one-shot r=2", "effects k=2", DEFAULT)
     assert done.returncode == 0, done.stderr
     assert [line.split(":")[1].split(",")[0] for line in done.stdout.splitlines()] == [" 4 searches"] * 2
     return results
@@ -34,15 +35,15 @@ def measured(data, tmp_path_factory):
 def test_what_is_there_is_not_measured_again(data, measured):
     before = rows(measured)
     assert {key for key, _ in before} == {"0-0", "0-1"}
-    done = measure(data, measured, "--photos", "3", "--searches", "random", "effects k=4")
+    done = measure(data, measured, "--photos", "3", "--searches", "random", DEFAULT)
     assert done.returncode == 0, done.stderr
     after = rows(measured)
     assert after.items() >= before.items()
-    assert after.keys() - before.keys() == {("0-2", "random"), ("0-2", "effects k=4")}
+    assert after.keys() - before.keys() == {("0-2", "random"), ("0-2", DEFAULT)}
 
 
 def test_rankings_of_a_search_are_those_it_finds_itself(data, measured, undisturbed, tmp_path):
-    done = measure(data, tmp_path / "new", "--photos", "2", "--searches", "effects k=4", "--rankings", str(undisturbed))
+    done = measure(data, tmp_path / "new", "--photos", "2", "--searches", DEFAULT, "--rankings", str(undisturbed))
     assert done.returncode == 0, done.stderr
     ranked = {row["key"]: row["ranking"] for row in next(iter(tables(undisturbed).values()))}
     for (key, name), row in rows(tmp_path / "new").items():
@@ -57,9 +58,9 @@ def test_the_table_and_the_picture(measured, tmp_path):
     done = run_here("benchmarks/frontier.py", "show", measured, "--plot", picture)
     assert done.returncode == 0, done.stderr
     lines = {line.split("|")[1].strip(): line for line in done.stdout.splitlines() if line.startswith("| ")}
-    assert list(lines) == ["search", "random", "one-shot r=2", "effects k=4", "effects k=2"]
+    assert list(lines) == ["search", "random", "one-shot r=2", "effects k=2", DEFAULT]
     assert "| 1.00 1.00 |" in lines["one-shot r=2"]
-    assert lines["effects k=4"].endswith("| 100% 100% |")
+    assert lines[DEFAULT].endswith("| 100% 100% |")
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -65,6 +65,14 @@ def test_the_search_that_scores_once_agrees(small_clip, score, block):
     agree(small_clip(torch.float64), SearchConfig(score=score, block=block, rescore=0, remove_per_step=3), images=2)
 
 
+@pytest.mark.parametrize("score", ["preservation", "confidence", "label"])
+@pytest.mark.parametrize("block, rescore", [(1, 0), (1, 2), (2, 0), (1, None)])
+@pytest.mark.parametrize("proposals", [1, 3])
+def test_any_number_of_proposals_agrees(small_clip, score, block, rescore, proposals):
+    config = SearchConfig(score=score, block=block, rescore=rescore, proposals=proposals, remove_per_step=3, keep=0.1)
+    agree(small_clip(torch.float64), config, images=2)
+
+
 @pytest.mark.parametrize("score", ["confidence", "label"])
 def test_where_the_model_is_sure_the_odds_still_rank(small_clip, score):
     """Every probability is 1 to float64's last digit; what the other classes have left is not."""
@@ -87,10 +95,11 @@ def test_where_the_model_is_sure_the_odds_still_rank(small_clip, score):
 
 @pytest.mark.parametrize("rank_by", ["effects", "scores"])
 @pytest.mark.parametrize("rescore", [0, 2, None])
-def test_what_a_search_will_cost_is_known(small_clip, rank_by, rescore):
+@pytest.mark.parametrize("proposals", [1, 2, 4])
+def test_what_a_search_will_cost_is_known(small_clip, rank_by, rescore, proposals):
     if rank_by == "scores" and rescore == 0:
         return
-    config = SearchConfig(rank_by=rank_by, rescore=rescore, remove_per_step=3, keep=0.3)
+    config = SearchConfig(rank_by=rank_by, rescore=rescore, proposals=proposals, remove_per_step=3, keep=0.3)
     tower = Tower(small_clip().visual)
     sizes = []
     suffix = tower.suffix
@@ -219,6 +228,7 @@ def test_tokens_kept_rounds_half_up():
         ({"remove_per_step": 0}, "--remove-per-step 0"),
         ({"block": 0}, "--block 0"),
         ({"rescore": -1}, "--rescore -1"),
+        ({"proposals": 0}, "--proposals 0"),
         ({"rank_by": "scores"}, "--rank-by scores needs --rescore"),
         ({"rank_by": "size"}, "--rank-by size"),
     ],
