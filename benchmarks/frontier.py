@@ -48,7 +48,7 @@ KEEP_RATES = (0.8, 0.7, 0.6, 0.5, 0.4)
 PAPER, DEFAULT = "one-shot r=2", "effects k=4 m=2"
 RANDOM, ATTENTION = "random", "class-token attention"
 ONE_SHOT = {"steps": 1, "rank_by": "scores"}
-LAZY = {"rank_by": "scores", "remove_per_step": 4}
+LAZY = {"rank_by": "scores"}
 SINGLE = {"proposals": 1}
 SEARCHES: dict[str, dict[str, Any]] = {
     PAPER: {**ONE_SHOT, "block": 2},
@@ -61,10 +61,10 @@ SEARCHES: dict[str, dict[str, Any]] = {
         f"effects k={k} m={m}": {"remove_per_step": k, "proposals": m}
         for k, m in ((16, 4), (8, 2), (8, 4), (4, 2), (4, 3))
     },
-    "effects r=2 k=4": {**SINGLE, "block": 2, "remove_per_step": 4},
-    "effects k=4 c=1": {**SINGLE, "rescore": 1, "remove_per_step": 4},
+    "effects r=2 k=4": {**SINGLE, "block": 2},
+    "effects k=4 c=1": {**SINGLE, "rescore": 1},
     "effects k=8 c=1": {**SINGLE, "rescore": 1, "remove_per_step": 8},
-    "effects k=4 c=2": {**SINGLE, "rescore": 2, "remove_per_step": 4},
+    "effects k=4 c=2": {**SINGLE, "rescore": 2},
     "effects exact k=59": {**SINGLE, "rescore": None, "remove_per_step": 59},
     "effects exact k=30": {**SINGLE, "rescore": None, "remove_per_step": 30},
     "lazy k=4 c=1": {**LAZY, "rescore": 1},
@@ -82,7 +82,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
         for name, config in (
             (PAPER, {**ONE_SHOT, "block": 2}),
             ("effects k=4", SINGLE),
-            ("effects k=4 m=2", {}),
+            (DEFAULT, {}),
             ("lazy k=4 c=2", {**LAZY, "rescore": 2}),
         )
     },

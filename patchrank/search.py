@@ -265,14 +265,16 @@ class Searcher:
                 candidates += scored
                 effects = effects.scatter(1, wanted[..., None].expand_as(fresh), fresh)
             if self.config.steps == 1:
-                leaving, now, scores = self._take_out(now, effects, alive, count, scores, full, labels)
+                leaving, expected, now = self._take_out(now, effects, alive, count, full, labels)
             else:
-                leaving, now, scores, effects = self._best(tokens, now, effects, alive, count, scores, full, labels)
+                leaving, expected, now, effects = self._best(tokens, now, effects, alive, count, full, labels)
                 candidates += self.config.tries(alive.shape[1], count) * len(alive)
+            scores.scatter_(1, leaving, expected)
             step.scatter_(1, leaving, number)
             alive = without(alive, leaving)
             removed.append(leaving)
-        last, _, scores = self._take_out(now, effects, alive, alive.shape[1], scores, full, labels)
+        last, expected, _ = self._take_out(now, effects, alive, alive.shape[1], full, labels)
+        scores.scatter_(1, last, expected)
         removed.append(last)
         return torch.cat(removed, dim=1).flip(1), scores, step, candidates
 
@@ -283,7 +285,6 @@ class Searcher:
         effects: Tensor,
         alive: Tensor,
         count: int,
-        scores: Tensor,
         full: Tensor,
         labels: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -293,15 +294,15 @@ class Searcher:
         last of many tokens that can stand for one another, which looked as dispensable as the first, is known by that.
 
         Returns:
-            The ids chosen, (B, count), and the embedding without them, (B, E); `scores` with what was predicted of
-            them, (B, N), and `effects` corrected, (B, N, E).
+            The ids chosen and their predicted scores, both (B, count), the embedding without them, (B, E), and
+            `effects` corrected, (B, N, E).
         """
         proposals, among = [], alive
         for _ in range(self.config.tries(alive.shape[1], count)):
-            proposals.append(self._take_out(now, effects, among, count, scores, full, labels))
+            proposals.append(self._take_out(now, effects, among, count, full, labels))
             among = without(among, proposals[-1][0])
-        # (B, m, count), (B, m, E), (B, m, N)
-        leaving, predicted, expected = (torch.stack(part, dim=1) for part in zip(*proposals, strict=True))
+        # twice (B, m, count), (B, m, E)
+        leaving, expected, predicted = (torch.stack(part, dim=1) for part in zip(*proposals, strict=True))
         batch, tries = leaving.shape[:2]
         image = torch.arange(batch, device=alive.device).repeat_interleave(tries)  # (B * m,)
         found = self.candidates.embed(tokens, image, without(alive[image], leaving.flatten(0, 1)))  # (B * m, E)
@@ -311,8 +312,8 @@ class Searcher:
         wrong = ((found - predicted) / count).scatter(1, best.expand(-1, -1, found.shape[2]), 0.0)  # (B, m, E)
         ids = leaving.flatten(1)[..., None].expand(-1, -1, found.shape[2])  # (B, m * count, E)
         effects = effects.scatter_add(1, ids, wrong.repeat_interleave(count, dim=1))
-        leaving, now, scores = (part.take_along_dim(best, dim=1)[:, 0] for part in (leaving, found, expected))
-        return leaving, now, scores, effects
+        leaving, expected, now = (part.take_along_dim(best, dim=1)[:, 0] for part in (leaving, expected, found))
+        return leaving, expected, now, effects
 
     def _take_out(
         self,
@@ -320,26 +321,26 @@ class Searcher:
         effects: Tensor,
         alive: Tensor,
         count: int,
-        scores: Tensor,
         full: Tensor,
         labels: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Choose tokens to leave, one after the other, each the best beside those before it.
 
         Returns:
-            Their ids in this order, (B, count), the predicted embedding without them, (B, E), and `scores`, (B, N),
-            with the predicted ones of the chosen.
+            Their ids in this order and their predicted scores, less 1, both (B, count), and the predicted embedding
+            without them, (B, E).
         """
-        gone = torch.ones_like(scores, dtype=torch.bool).scatter_(1, alive, False)  # (B, N)
-        leaving = []
+        gone = torch.ones_like(effects[..., 0], dtype=torch.bool).scatter_(1, alive, False)  # (B, N)
+        leaving = alive[:, :0]
+        expected = now.new_zeros(leaving.shape, dtype=torch.float64)
         for _ in range(count):
             predicted = self._predicted(now, effects, full, labels).masked_fill(gone, -math.inf)  # (B, N)
             token = predicted.sort(dim=1, descending=True, stable=True).indices[:, :1]  # (B, 1); the lower id of equals
-            scores = scores.scatter(1, token, predicted.gather(1, token))
+            expected = torch.cat([expected, predicted.gather(1, token)], dim=1)
             gone = gone.scatter(1, token, True)
             now = now + effects.gather(1, token[..., None].expand(-1, -1, effects.shape[2]))[:, 0]
-            leaving.append(token)
-        return torch.cat(leaving, dim=1) if leaving else alive[:, :0], now, scores
+            leaving = torch.cat([leaving, token], dim=1)
+        return leaving, expected, now
 
     def _predicted(self, now: Tensor, effects: Tensor, full: Tensor, labels: Tensor | None) -> Tensor:
         """The score, less 1, that each token's leaving is predicted to make: (B, E), (B, N, E) -> (B, N) float64."""
