@@ -28,18 +28,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from patchrank import queries, rankings, shards
-from patchrank.corpus import Rankings, file_name
+from patchrank.data import shards
 from patchrank.errors import run
-from patchrank.models import resolve_dtype
-from patchrank.vit import Tower
+from patchrank.model.loading import resolve_dtype
+from patchrank.model.tower import Tower
+from patchrank.store import queries, rankings
+from patchrank.store.corpus import Rankings, file_name
 
 GRID = (14, 14)
 KEEP_RATES = (0.8, 0.7, 0.6, 0.5, 0.4)
 CLASSES = 1000
 UNCHANGED = 0.9  # of the predictions, at each keep rate
 QUERY_SECONDS, QUERY_BYTES, READER_RATIO, LISTING_SECONDS = 5.0, 1e9, 20.0, 5.0
-TRAINING_COLUMNS = ("ranking", "score")  # that patchrank.pairs reads of every table
+TRAINING_COLUMNS = ("ranking", "score")  # that patchrank.data.pairs reads of every table
 
 
 class Report:

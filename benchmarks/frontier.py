@@ -32,17 +32,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from patchrank import baselines, classes, models, rankings, shards
-from patchrank.candidates import Candidates
+from patchrank.data import shards
+from patchrank.data.images import decode
+from patchrank.data.pairs import PairBatch
 from patchrank.errors import UserError, run
-from patchrank.images import decode
-from patchrank.matching import matching_rate
-from patchrank.models import Model
-from patchrank.pairs import PairBatch
-from patchrank.ranker import Progress, class_sums
-from patchrank.scores import predict
-from patchrank.search import SearchConfig, Searcher, tokens_kept
-from patchrank.vit import Tower
+from patchrank.model import classes, loading
+from patchrank.model.loading import Model
+from patchrank.model.tower import Tower
+from patchrank.pruning import baselines
+from patchrank.search.candidates import Candidates
+from patchrank.search.ranker import Progress, class_sums
+from patchrank.search.scores import predict
+from patchrank.search.searcher import SearchConfig, Searcher
+from patchrank.store import rankings
+from patchrank.tokens import matching_rate, tokens_kept
 
 KEEP_RATES = (0.8, 0.7, 0.6, 0.5, 0.4)
 PAPER, DEFAULT = "one-shot r=2", "effects k=4 m=2"
@@ -136,7 +139,7 @@ def searched(folders: list[str], uris: list[str], tower: Tower, model: Model) ->
         if (about["weights"], about["cut"], about["dtype"]) != (
             model.weights,
             tower.cut,
-            models.dtype_name(tower.dtype),
+            loading.dtype_name(tower.dtype),
         ):
             raise UserError(f"--rankings {folder}: of other weights, another cut ({about['cut']}) or {about['dtype']}")
         config = SearchConfig(**corpus.settings["search"])
@@ -209,13 +212,13 @@ def measure(args: argparse.Namespace) -> int:
         raise UserError(f"--searches {' '.join(args.searches)}: none of them; there are {', '.join(NAMES)}")
     rows = pq.read_table(args.results).to_pylist() if os.path.exists(args.results) else []
     done = {(one["shard"], one["key"], one["search"]) for one in rows}
-    model = models.load(args.model, args.pretrained)
+    model = loading.load(args.model, args.pretrained)
     gpu = torch.cuda.is_available()
-    dtype = models.resolve_dtype(args.dtype, gpu)
+    dtype = loading.resolve_dtype(args.dtype, gpu)
     tower = Tower(model.visual, args.cut, dtype, "cuda" if gpu else "cpu", args.model)
     uris = shards.expand(args.shards)
     rankings_ = searched(args.rankings, uris, tower, model)
-    about = {"weights": model.weights, "cut": tower.cut, "dtype": models.dtype_name(tower.dtype)}
+    about = {"weights": model.weights, "cut": tower.cut, "dtype": loading.dtype_name(tower.dtype)}
     if any(one.get(name) != value for one in rows for name, value in about.items()):
         raise UserError(f"{args.results}: of other weights, another cut or another precision; name another file")
     embeddings = prototypes(args, tower, model).to(tower.device)

@@ -26,12 +26,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from patchrank import models, shards
-from patchrank.candidates import without_each
+from patchrank.data import shards
 from patchrank.errors import UserError, run
-from patchrank.matching import matching_rate
-from patchrank.search import SearchConfig, Searcher, tokens_kept
-from patchrank.vit import Tower
+from patchrank.model import loading
+from patchrank.model.tower import Tower
+from patchrank.search.candidates import without_each
+from patchrank.search.searcher import SearchConfig, Searcher
+from patchrank.tokens import matching_rate, tokens_kept
 
 KEEP_RATES = (0.8, 0.7, 0.6, 0.5, 0.4)
 aten = torch.ops.aten
@@ -72,7 +73,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.photos < 1:
         raise UserError(f"--photos {args.photos}: must be at least 1")
-    model = models.load(args.model, args.pretrained)
+    model = loading.load(args.model, args.pretrained)
     preprocess = model.preprocess()
     photos = [preprocess(photo) for _, photo in itertools.islice(shards.photos(args.shard), args.photos)]
     if not photos:
@@ -83,7 +84,7 @@ def main() -> int:
     found, rankings = {}, {}
     with torch.inference_mode(), RoundedProducts() if device == "cpu" else contextlib.nullcontext():
         for name in tqdm(["float32", *args.dtypes]):
-            dtype = models.resolve_dtype(name, device == "cuda")
+            dtype = loading.resolve_dtype(name, device == "cuda")
             tower = Tower(model.visual, dtype=dtype, device=device)
             tokens = tower.prefix(pixels)
             alive = torch.arange(tower.num_tokens, device=device).expand(len(pixels), -1)  # (B, N)

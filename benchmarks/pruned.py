@@ -21,13 +21,14 @@ import open_clip
 import torch
 from torch import nn
 
-from patchrank import evaluate, latency, models
-from patchrank.bundle import Bundle
-from patchrank.comparison import UNPRUNED
 from patchrank.errors import UserError, run
-from patchrank.predictor import PredictorConfig
-from patchrank.pruned import full_multiply_adds
-from patchrank.vit import default_cut
+from patchrank.evaluation import evaluate, latency
+from patchrank.model import loading
+from patchrank.model.tower import default_cut
+from patchrank.pruning.bundle import Bundle
+from patchrank.pruning.comparison import UNPRUNED
+from patchrank.pruning.predictor import PredictorConfig
+from patchrank.pruning.pruned import full_multiply_adds
 
 METHODS = (evaluate.PREDICTOR, evaluate.ATTENTION, evaluate.MERGING)
 
@@ -63,7 +64,7 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true", help="all towers through torch.compile, the unpruned too")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = models.resolve_dtype(args.dtype, device.type == "cuda")
+    dtype = loading.resolve_dtype(args.dtype, device.type == "cuda")
     print(f"{latency.device_name(device, torch.get_num_threads())}, {str(dtype).removeprefix('torch.')}")
     print("model     batch  keep  method            ms/batch  speed-up  predicted  share")
     logging.disable(logging.WARNING)  # open_clip warns of random weights

@@ -39,13 +39,15 @@ from cluster.places import connected
 from cluster.pool import Pool
 from cluster.progress import ShardReport
 from cluster.rank import SearchSummary, work_through
-from patchrank import assets, models, rankings
+from patchrank import assets
+from patchrank.data.images import MAX_PIXELS
+from patchrank.data.progress import Progress
 from patchrank.errors import run
-from patchrank.images import MAX_PIXELS
-from patchrank.progress import Progress
-from patchrank.ranker import ShardRanker
-from patchrank.search import SearchConfig, Searcher
-from patchrank.vit import Tower
+from patchrank.model import loading
+from patchrank.model.tower import Tower
+from patchrank.search.ranker import ShardRanker
+from patchrank.search.searcher import SearchConfig, Searcher
+from patchrank.store import rankings
 
 BUSY, THROUGHPUT = 0.97, 0.95  # the goals
 SHARDS_AN_ACTOR = 4
@@ -83,7 +85,7 @@ class Sleeper:
     def rank(self, shared: None, shard: str, plan: Sleep) -> Any:
         """Sleep for a shard, and write its table."""
         from cluster.progress import ShardReport
-        from patchrank import rankings
+        from patchrank.store import rankings
 
         start = time.monotonic()
         progress = self._progress[shard] = Progress(cosine=[0.0] * len(plan.table["pruned"][0]))
@@ -184,8 +186,8 @@ def compare(images: int, rounds: int) -> bool:
     """Print the search's pace through Ray and in-process on the same cores; whether Ray keeps enough of it."""
     cores, gpu = len(os.sched_getaffinity(0)), torch.cuda.is_available()
     torch.set_num_threads(cores)
-    model = models.load(assets.MODEL)
-    tower = Tower(model.visual, dtype=models.resolve_dtype("auto", gpu), device="cuda" if gpu else "cpu")
+    model = loading.load(assets.MODEL)
+    tower = Tower(model.visual, dtype=loading.resolve_dtype("auto", gpu), device="cuda" if gpu else "cpu")
     config, batch = SearchConfig(), 64 if gpu else 4
     settings = {"grid": list(tower.grid), "keep_rates": list(KEEP_RATES)}
     uris = assets.TRAIN_SHARDS

@@ -48,13 +48,13 @@ from tqdm import tqdm
 from cluster.actor import write
 from cluster.places import Places
 from cluster.rank import SearchJob
-from patchrank import rankings
+from patchrank.data.progress import Progress
 from patchrank.errors import run
-from patchrank.models import resolve_dtype
-from patchrank.progress import Progress
-from patchrank.ranker import ShardRanker
-from patchrank.search import SearchConfig, Searcher
-from patchrank.vit import Tower
+from patchrank.model.loading import resolve_dtype
+from patchrank.model.tower import Tower
+from patchrank.search.ranker import ShardRanker
+from patchrank.search.searcher import SearchConfig, Searcher
+from patchrank.store import rankings
 
 
 def authors_shape(visual: Any, tokens: Tensor, full: Tensor, cut: int) -> Tensor:

@@ -20,14 +20,15 @@ from cluster.metrics import Metrics
 from cluster.places import Places
 from cluster.pool import Failed, process_id
 from cluster.progress import ShardReport
-from patchrank import rankings, shards, storage
-from patchrank.estimate import seconds_per_image
-from patchrank.images import decode, limit_pixels
-from patchrank.progress import Progress
-from patchrank.ranker import ShardRanker, ShardResult, class_sums
-from patchrank.search import SearchConfig, Searcher
-from patchrank.shards import Sample, ShardError
-from patchrank.vit import Tower
+from patchrank.data import shards
+from patchrank.data.images import decode, limit_pixels
+from patchrank.data.progress import Progress
+from patchrank.data.shards import Sample, ShardError
+from patchrank.model.tower import Tower
+from patchrank.search.estimate import seconds_per_image
+from patchrank.search.ranker import ShardRanker, ShardResult, class_sums
+from patchrank.search.searcher import SearchConfig, Searcher
+from patchrank.store import rankings, storage
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from cluster.pool import Failed, Pool
 from cluster.progress import Meter
-from patchrank import classes, storage
-from patchrank.classes import CLASSES_FILE, Classes
-from patchrank.corpus import Rankings
 from patchrank.errors import UserError
-from patchrank.models import Model
+from patchrank.model import classes
+from patchrank.model.classes import CLASSES_FILE, Classes
+from patchrank.model.loading import Model
+from patchrank.store import storage
 
 
 class AsksForClasses(Protocol):
@@ -63,21 +63,6 @@ def class_source(
             identity = classes.text_identity(model, names, prompts)
             return identity, classes.load(kept, identity, names) or classes.from_text(model, names, prompts)
     return None, None
-
-
-def classes_of(corpus: Rankings) -> tuple[str | None, Classes | None]:
-    """The identity of a search's class embeddings, and these; None twice where it had none.
-
-    Raises:
-        UserError: they are missing, or those of other classes.
-    """
-    identity = corpus.settings.get("classes")
-    if identity is None:
-        return None, None
-    known = classes.load(storage.join(corpus.folder, CLASSES_FILE), identity, corpus.class_names)
-    if known is None:
-        raise UserError(f"{corpus.folder}: its {CLASSES_FILE} is missing or of other classes; run the search again")
-    return identity, known
 
 
 def settle(

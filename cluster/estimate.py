@@ -12,11 +12,13 @@ from cluster.class_source import usable
 from cluster.places import Places, connected
 from cluster.pool import Failed, Pool
 from cluster.rank import SearchJob, images_per_batch, settings
-from patchrank import models, rankings, shards, storage
+from patchrank.data import shards
 from patchrank.errors import UserError
-from patchrank.estimate import bytes_per_image, multiply_adds
-from patchrank.search import Searcher
-from patchrank.vit import Tower
+from patchrank.model import loading
+from patchrank.model.tower import Tower
+from patchrank.search.estimate import bytes_per_image, multiply_adds
+from patchrank.search.searcher import Searcher
+from patchrank.store import rankings, storage
 
 SECONDS = 5.0  # of timing an actor
 SAMPLED_SHARDS = 8
@@ -63,7 +65,7 @@ def estimate(job: SearchJob) -> Estimate:
         UserError: bad input, a folder of another search, or a sampled shard that cannot be read.
     """
     uris = shards.expand(job.shards)
-    model = models.load(job.model, job.pretrained)
+    model = loading.load(job.model, job.pretrained)
     folder = storage.absolute(job.out)
     with usable(folder):
         found = rankings.read_search(folder)
@@ -71,7 +73,7 @@ def estimate(job: SearchJob) -> Estimate:
     todo = [uri for uri in uris if uri not in done]
     flags = (job.address, job.actors, job.cpus_per_actor, job.gpus_per_actor)
     with connected(*flags, shards=len(uris)) as places:
-        tower = Tower(model.visual, job.cut, models.resolve_dtype(job.dtype, places.gpu), name=job.model)
+        tower = Tower(model.visual, job.cut, loading.resolve_dtype(job.dtype, places.gpu), name=job.model)
         if found:  # classes apart, which would take time to make
             rankings.check_same(folder, found["settings"] | {"classes": None}, settings(job, model, tower, None, None))
         config = replace(job.config, score="preservation")

@@ -15,21 +15,26 @@ import torch
 import torch.nn.functional as F
 
 from cluster.actor import OutputError, Shared
-from cluster.class_source import class_source, classes_of, settle, usable
+from cluster.class_source import class_source, settle, usable
 from cluster.evaluation_actor import EvaluationActor, EvaluationPlan, LatencyPlan
 from cluster.places import connected
 from cluster.pool import Failed, Pool
 from cluster.rank import Summary, model_settings, work_through
-from patchrank import __version__, classes, evaluate, figures, models, pairs, rankings, shards, storage
-from patchrank.bundle import Bundle
-from patchrank.comparison import UNPRUNED
-from patchrank.corpus import Rankings, tables
+from patchrank import __version__
+from patchrank.data import pairs, shards
+from patchrank.data.images import MAX_PIXELS
 from patchrank.errors import UserError
-from patchrank.images import MAX_PIXELS
-from patchrank.models import Model
-from patchrank.predictor import count_kept
-from patchrank.pruned import count_multiply_adds, full_multiply_adds
-from patchrank.vit import Tower
+from patchrank.evaluation import evaluate, figures
+from patchrank.model import classes, loading
+from patchrank.model.classes import classes_of
+from patchrank.model.loading import Model
+from patchrank.model.tower import Tower
+from patchrank.pruning.bundle import Bundle
+from patchrank.pruning.comparison import UNPRUNED
+from patchrank.pruning.pruned import count_multiply_adds, full_multiply_adds
+from patchrank.store import rankings, storage
+from patchrank.store.corpus import Rankings, tables
+from patchrank.tokens import count_kept
 
 KIND = "evaluation"
 
@@ -105,7 +110,7 @@ def run(job: EvaluationJob) -> EvaluationSummary:
         raise UserError("neither shards nor rankings, which name shards, are given")
     prototypes = shards.expand(job.prototypes) if job.prototypes else []
     names = classes.read_names(job.class_names) if job.class_names else None
-    model = models.load(job.model, job.pretrained)
+    model = loading.load(job.model, job.pretrained)
     folder = storage.absolute(job.out)
     if corpus is not None and job.limit is None:
         job = replace(job, limit=corpus.settings.get("limit"))
@@ -118,7 +123,7 @@ def run(job: EvaluationJob) -> EvaluationSummary:
         names = known.names if known else names if identity else None
     flags = (job.address, job.actors, job.cpus_per_actor, job.gpus_per_actor)
     with connected(*flags, shards=len(uris)) as places, usable(folder):
-        found = _setting(job, model, corpus, models.resolve_dtype(job.dtype, places.gpu))
+        found = _setting(job, model, corpus, loading.resolve_dtype(job.dtype, places.gpu))
         fingerprint = rankings.prepare(folder, _settings(job, found, identity, names), KIND)
         done = rankings.finished(folder, uris)
         todo = [uri for uri in uris if uri not in done]
@@ -203,7 +208,7 @@ def _settings(job: EvaluationJob, found: _Setting, identity: str | None, names: 
         "keep_rates": list(job.keep_rates),
         "classes": identity,
         "rankings": None if corpus is None else rankings.fingerprint(corpus.settings),
-        "bundle": None if found.bundle is None else models.digest(found.bundle.state_dict()),
+        "bundle": None if found.bundle is None else loading.digest(found.bundle.state_dict()),
         "limit": job.limit,
         "held_out": job.held_out,
         "match": job.match,
@@ -244,7 +249,7 @@ def _sum_up(
             "weights": model.weights,
             "cut": tower.cut,
             "grid": list(tower.grid),
-            "dtype": models.dtype_name(tower.dtype),
+            "dtype": loading.dtype_name(tower.dtype),
             "preprocess": dict(model.visual.preprocess_cfg),
         },
         "class_names": names,

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from cluster.actor import RankingActor, Shared, check_folder, report, write
 from cluster.progress import ShardReport
-from patchrank import evaluate, latency, rankings
-from patchrank.bundle import Bundle
-from patchrank.comparison import UNPRUNED
-from patchrank.evaluate import ShardEvaluator
+from patchrank.evaluation import evaluate, latency
+from patchrank.evaluation.evaluate import ShardEvaluator
+from patchrank.pruning.bundle import Bundle
+from patchrank.pruning.comparison import UNPRUNED
+from patchrank.store import rankings
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from patchrank.classes import TEMPLATES
 from patchrank.errors import UserError
+from patchrank.model.classes import TEMPLATES
 
 
 def add_classes(parser: argparse.ArgumentParser, title: str) -> None:

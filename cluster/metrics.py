@@ -13,7 +13,7 @@ import threading
 
 from ray.util.metrics import Counter
 
-from patchrank.progress import STAGES, Progress
+from patchrank.data.progress import STAGES, Progress
 
 _COUNTS = {
     "images": "Images ranked.",

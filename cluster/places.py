@@ -13,7 +13,7 @@ import ray
 from ray._private import ray_constants
 
 from patchrank.errors import UserError
-from patchrank.storage import one_line
+from patchrank.store.storage import one_line
 
 
 @dataclass(frozen=True)

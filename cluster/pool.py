@@ -14,7 +14,7 @@ from ray.exceptions import RayError, RayTaskError
 from tqdm import tqdm
 
 from patchrank.errors import UserError
-from patchrank.storage import one_line
+from patchrank.store.storage import one_line
 
 POLL_SECONDS = 1.0
 ROOM_SECONDS = 5.0  # between two looks for new nodes

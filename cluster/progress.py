@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from patchrank import status
-from patchrank.progress import STAGES, Progress
-from patchrank.status import Run
+from patchrank.data.progress import STAGES, Progress
+from patchrank.store import status
+from patchrank.store.status import Run
 
 LOG_SECONDS = 30.0
 RATE_SECONDS = 600.0  # over which the pace is measured: machines come and go
@@ -49,7 +49,7 @@ class Meter:
     Args:
         title: what is being done.
         shards: of the whole job.
-        folder: where `patchrank.status` finds the reports.
+        folder: where `patchrank.store.status` finds the reports.
         finished: of these, by earlier runs.
         limit: images of a shard at most, which is what a shard is taken to have until one has been read.
     """

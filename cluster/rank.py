@@ -16,12 +16,15 @@ from cluster.class_source import class_source, settle, usable
 from cluster.places import Places, connected
 from cluster.pool import Failed, Pool
 from cluster.progress import Meter, ShardReport
-from patchrank import __version__, classes, models, rankings, shards, status, storage
+from patchrank import __version__
+from patchrank.data import shards
+from patchrank.data.images import MAX_PIXELS
 from patchrank.errors import UserError
-from patchrank.images import MAX_PIXELS
-from patchrank.models import Model
-from patchrank.search import SearchConfig, Searcher
-from patchrank.vit import Tower
+from patchrank.model import classes, loading
+from patchrank.model.loading import Model
+from patchrank.model.tower import Tower
+from patchrank.search.searcher import SearchConfig, Searcher
+from patchrank.store import rankings, status, storage
 
 
 @dataclass(frozen=True)
@@ -97,13 +100,13 @@ def search(job: SearchJob) -> SearchSummary:
     uris = shards.expand(job.shards)
     prototypes = shards.expand(job.prototypes) if job.prototypes else []
     names = classes.read_names(job.class_names) if job.class_names else None
-    model = models.load(job.model, job.pretrained)
+    model = loading.load(job.model, job.pretrained)
     folder = storage.absolute(job.out)
     identity, known = class_source(job, model, folder, names, prototypes)
     names = known.names if known else names if identity else None
     flags = (job.address, job.actors, job.cpus_per_actor, job.gpus_per_actor)
     with connected(*flags, shards=len(uris)) as places, usable(folder):
-        tower = Tower(model.visual, job.cut, models.resolve_dtype(job.dtype, places.gpu), name=job.model)
+        tower = Tower(model.visual, job.cut, loading.resolve_dtype(job.dtype, places.gpu), name=job.model)
         anything = torch.zeros(1, tower.embed_dim) if identity else None
         # Refuses what does not fit, before anything is written.
         Searcher(tower, job.config, anything, keep_rates=job.keep_rates)
@@ -204,7 +207,7 @@ def model_settings(model: Model, tower: Tower) -> dict[str, Any]:
     return {
         "weights": model.weights,
         "cut": tower.cut,
-        "dtype": models.dtype_name(tower.dtype),
+        "dtype": loading.dtype_name(tower.dtype),
         "preprocess": dict(model.visual.preprocess_cfg),
         "logit_scale": round(model.logit_scale, 4),
     }

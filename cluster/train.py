@@ -23,13 +23,14 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster import training_config, training_folder
 from cluster.places import connected
-from cluster.training_folder import Figures
 from cluster.training_progress import Board, StepMeter
 from cluster.training_worker import Plan, Task, work
-from patchrank import storage
 from patchrank.errors import UserError
+from patchrank.store import storage
+from patchrank.training import configuration
+from patchrank.training import folder as training_folder
+from patchrank.training.folder import Figures
 
 POLL_SECONDS = 0.5
 
@@ -44,7 +45,7 @@ class TrainingConfig:
     accumulate: int = 1  # batches of each worker in a step
     learning_rate: float = 1e-3
     seed: int = 0
-    deepspeed: str | None = None  # JSON file; cluster/deepspeed.json where None
+    deepspeed: str | None = None  # JSON file; patchrank/training/deepspeed.json where None
     checkpoints: int = 5  # in the course of the training, each with the figures of that moment
     max_failures: int = 3  # how often lost workers are replaced
     address: str | None = None
@@ -82,7 +83,7 @@ def train(task: Task, config: TrainingConfig) -> TrainingSummary:
     """
     _check(config)
     folder = storage.absolute(config.out)
-    deepspeed = training_config.read(config.deepspeed)
+    deepspeed = configuration.read(config.deepspeed)
     task.steps_per_epoch(1)  # refuses what cannot be trained on, before Ray is started
     # A training that goes on has as many workers as before, whatever machines are up by now.
     workers = config.workers or training_folder.workers(folder)
@@ -106,7 +107,7 @@ def train(task: Task, config: TrainingConfig) -> TrainingSummary:
             "total_num_steps": steps,
             "warmup_num_steps": max(2, steps // 10),
         }
-        filled = training_config.fill(deepspeed, automatic)
+        filled = configuration.fill(deepspeed, automatic)
         fingerprint = training_folder.prepare(folder, settings)
         resumed, start = steps, time.monotonic()
         if training_folder.figures(folder) is None:

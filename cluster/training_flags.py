@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.train import TrainingConfig, TrainingSummary
-from cluster.training_folder import Figures
-from cluster.training_tasks import RankedImages, open_images
-from patchrank import assets, rankings, shards
+from patchrank import assets
+from patchrank.data import shards
 from patchrank.errors import UserError
-from patchrank.models import Model
+from patchrank.model.loading import Model
+from patchrank.store import rankings
+from patchrank.training.folder import Figures
+from patchrank.training.tasks import RankedImages, open_images
 
 
 def add_rankings(parser: argparse.ArgumentParser, default: str = "rankings") -> None:
@@ -76,7 +78,7 @@ def add_training(parser: argparse.ArgumentParser, default: TrainingConfig) -> No
     add("--accumulate", type=int, default=default.accumulate, help="batches a worker and step (%(default)s)")
     add("--learning-rate", type=float, default=default.learning_rate, help="the highest (%(default)g)")
     add("--seed", type=int, default=default.seed, help="(%(default)s)")
-    add("--deepspeed", metavar="FILE", help="DeepSpeed's configuration (cluster/deepspeed.json)")
+    add("--deepspeed", metavar="FILE", help="DeepSpeed's configuration (patchrank/training/deepspeed.json)")
     add("--checkpoints", type=int, default=default.checkpoints, help="in the course of it (%(default)s)")
     add("--max-failures", type=int, default=default.max_failures, help="times to replace lost workers (%(default)s)")
 

@@ -21,11 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cluster import training_folder
 from cluster.places import Places
-from cluster.training_folder import Figures
-from patchrank import storage
 from patchrank.errors import UserError
+from patchrank.store import storage
+from patchrank.training import folder as training_folder
+from patchrank.training.folder import Figures
 
 
 class Task(Protocol):

@@ -14,10 +14,11 @@ import argparse
 import numpy as np
 from PIL import Image
 
-from patchrank import rankings, shards, storage
+from patchrank.data import shards
 from patchrank.errors import UserError, run
-from patchrank.report_gallery import GONE, heat_map
-from patchrank.search import tokens_kept
+from patchrank.report.gallery import GONE, heat_map
+from patchrank.store import rankings, storage
+from patchrank.tokens import tokens_kept
 
 PATCH, GAP, COLUMNS = 8, 12, 10  # pixels a token, pixels between pictures, images shown
 

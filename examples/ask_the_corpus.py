@@ -9,8 +9,8 @@ import sys
 
 import duckdb
 
-from patchrank import rankings
 from patchrank.errors import run
+from patchrank.store import rankings
 
 
 def main() -> int:

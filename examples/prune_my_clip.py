@@ -16,10 +16,12 @@ import torch
 from PIL import Image
 
 import patchrank
-from patchrank import assets, latency, shards
+from patchrank import assets
+from patchrank.data import shards
+from patchrank.data.images import decode
 from patchrank.errors import UserError, run
-from patchrank.images import decode
-from patchrank.storage import one_line
+from patchrank.evaluation import latency
+from patchrank.store.storage import one_line
 
 
 def photos_in(folder: Path) -> list[Image.Image]:

@@ -12,8 +12,9 @@ import tempfile
 from pathlib import Path
 
 from cluster.rank import SearchJob, search
-from patchrank import assets, rankings
+from patchrank import assets
 from patchrank.errors import run
+from patchrank.store import rankings
 
 JOBS = Path(__file__).parent.parent / "jobs"
 

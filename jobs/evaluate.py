@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from cluster import job_flags
 from cluster.evaluate import EvaluationJob, EvaluationSummary
 from cluster.evaluate import run as evaluate
-from patchrank import assets, rankings
-from patchrank.comparison import Row, render
+from patchrank import assets
 from patchrank.errors import UserError, run
-from patchrank.evaluate import METHODS
+from patchrank.evaluation.evaluate import METHODS
+from patchrank.pruning.comparison import Row, render
+from patchrank.store import rankings
 
 
 def parser() -> argparse.ArgumentParser:

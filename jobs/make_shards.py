@@ -20,9 +20,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from tqdm import tqdm
 
-from patchrank import shard_writer
+from patchrank.data import shard_writer
+from patchrank.data.shard_writer import Skipped
 from patchrank.errors import UserError, run
-from patchrank.shard_writer import Skipped
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,8 +16,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from patchrank import queries, rankings
 from patchrank.errors import UserError, run
+from patchrank.store import queries, rankings
 
 
 def main(argv: Sequence[str] | None = None) -> int:

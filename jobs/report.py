@@ -13,8 +13,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from patchrank import report, storage
 from patchrank.errors import run
+from patchrank.report import writer
+from patchrank.store import storage
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,12 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--images", type=int, default=12, metavar="N", help="at most so many in each gallery (%(default)s)")
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    notes = report.write(
+    notes = writer.write(
         args.evaluation, args.out, shlex.join(["python", "jobs/report.py", *argv]), args.keep, args.images
     )
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    print(storage.join(args.out, report.PAGE))
+    print(storage.join(args.out, writer.PAGE))
     return 0
 
 

@@ -20,8 +20,8 @@ from cluster.estimate import Estimate, estimate
 from cluster.rank import SearchJob, SearchSummary, search
 from patchrank import assets
 from patchrank.errors import UserError, run
-from patchrank.scores import SCORES
-from patchrank.search import RANK_BY, SearchConfig
+from patchrank.search.scores import SCORES
+from patchrank.search.searcher import RANK_BY, SearchConfig
 
 
 def parser() -> argparse.ArgumentParser:

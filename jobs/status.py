@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from patchrank import status
 from patchrank.errors import run
-from patchrank.status import Status
+from patchrank.store import status
+from patchrank.store.status import Status
 
 LISTED = 20  # shards in work, failures and reasons that are printed
 

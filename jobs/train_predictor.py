@@ -15,10 +15,10 @@ from collections.abc import Sequence
 
 from cluster import training_flags
 from cluster.train import TrainingConfig, train
-from cluster.training_tasks import PredictorTask
-from patchrank import trained
 from patchrank.errors import run
-from patchrank.predictor import LOSSES, NAME, TARGETS, PredictorConfig
+from patchrank.model import artifacts
+from patchrank.pruning.predictor import LOSSES, NAME, TARGETS, PredictorConfig
+from patchrank.training.tasks import PredictorTask
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from the last checkpoint in {args.out}", file=sys.stderr)
         raise
-    _, record = trained.load(summary.folder, NAME)
+    _, record = artifacts.load(summary.folder, NAME)
     training_flags.show(summary, record)
     print(f"predictor     {summary.folder}")
     print(f"next          python jobs/train_tokens.py --rankings {args.rankings} --predictor {args.out} --keep 0.6")

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 
 from cluster import training_flags
 from cluster.train import TrainingConfig, train
-from cluster.training_tasks import TokensTask
-from patchrank import predictor, trained
 from patchrank.errors import UserError, run
-from patchrank.prompts import NAME, PLACES, PromptedText, TokensConfig
+from patchrank.model import artifacts
+from patchrank.pruning import predictor
+from patchrank.pruning.prompts import NAME, PLACES, PromptedText, TokensConfig
+from patchrank.training.tasks import TokensTask
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from the last checkpoint in {args.out}", file=sys.stderr)
         raise
-    _, record = trained.load(summary.folder, NAME)
+    _, record = artifacts.load(summary.folder, NAME)
     training_flags.show(summary, record)
     print(f"tokens        {summary.folder}")
     compared = f"--rankings {args.rankings} --held-out {args.held_out}" if args.held_out else "--rankings TEST-RANKINGS"

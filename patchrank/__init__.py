@@ -6,18 +6,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from patchrank.bundle import Bundle
-    from patchrank.pruned import prune, restore
-    from patchrank.selectors import Golden
+    from patchrank.model import loading as models
+    from patchrank.pruning.bundle import Bundle
+    from patchrank.pruning.pruned import prune, restore
+    from patchrank.pruning.selectors import Golden
+    from patchrank.store import rankings
 
 __version__ = "0.1.0"
-__all__ = ["Bundle", "Golden", "prune", "restore"]
+__all__ = ["Bundle", "Golden", "models", "prune", "rankings", "restore"]
 
-_HOMES = {"Bundle": "bundle", "Golden": "selectors", "prune": "pruned", "restore": "pruned"}
+_HOMES = {  # where a name is; or the module that it stands for
+    "Bundle": "patchrank.pruning.bundle",
+    "Golden": "patchrank.pruning.selectors",
+    "models": "patchrank.model.loading",
+    "prune": "patchrank.pruning.pruned",
+    "rankings": "patchrank.store.rankings",
+    "restore": "patchrank.pruning.pruned",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Imported when first asked for: queries and status do without torch, which takes seconds."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"patchrank.{_HOMES[name]}"), name)
+    home = importlib.import_module(_HOMES[name])
+    return getattr(home, name, home)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from patchrank import rankings
+from patchrank.store import rankings
 
 KEEP_RATES = (0.9, 0.7, 0.5)
 CLASSES = ["ant", "bee", "cat's eye", "dog, hot", "elk"]

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from patchrank import rankings, shards, storage
+from patchrank.data import shards
+from patchrank.store import rankings, storage
 
 KEEP_RATES = (0.8, 0.7, 0.6, 0.5, 0.4)
 # How much worse than the unpruned model each method is, and how far its choice of tokens is from the golden one.

@@ -9,7 +9,8 @@ import made_up
 import pytest
 from here import ROOT, run_here
 
-from patchrank import assets, rankings
+from patchrank import assets
+from patchrank.store import rankings
 
 
 def test_prune_my_clip():

@@ -16,9 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from patchrank import images, models, shards
+from patchrank.data import images, shards
+from patchrank.data.shards import Reject, Sample, ShardError
 from patchrank.errors import UserError
-from patchrank.shards import Reject, Sample, ShardError
+from patchrank.model import loading
 
 ROOT = Path(__file__).parent.parent
 
@@ -140,7 +141,7 @@ def test_weights_that_are_a_program_are_not_run(tmp_path, how, name):
     else:
         (tmp_path / name).write_bytes(pickle.dumps(weights))
     with pytest.raises(UserError, match="cannot be read as weights"):
-        models.load("ViT-B-32", str(tmp_path / name))
+        loading.load("ViT-B-32", str(tmp_path / name))
     assert not (tmp_path / "trace").exists()
     if how == "torch":
         torch.load(io.BytesIO((tmp_path / name).read_bytes()), weights_only=False)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import webdataset
 
-from patchrank import shards
-from patchrank.shards import Reject, Sample, ShardError
+from patchrank.data import shards
+from patchrank.data.shards import Reject, Sample, ShardError
 
 
 def tar(*files: tuple[str, bytes], **options) -> bytes:

@@ -1,0 +1,1 @@
+"""From shards to batches: reading, decoding, joining images with their rankings, and writing shards."""

@@ -1,0 +1,398 @@
+"""Images and their golden rankings, for training: shard k and its table k are read together and joined by key.
+
+pairs = Pairs(rankings.open("rankings"), model.preprocess())
+for batch in pairs.batches(rank, world, size=32):    # endless
+    ...
+for batch in pairs.held_out(size=64):                # once over the part that is never trained on
+    ...
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchrank.data.features import Features
+from patchrank.data.images import decode
+from patchrank.data.shards import Sample, ShardError, read, readable
+from patchrank.errors import UserError
+from patchrank.model import artifacts
+from patchrank.model.tower import Tower
+from patchrank.store.corpus import Rankings, file_name
+
+LANES = 4  # streams that a global batch is put together from; see `Pairs.batches`
+
+_Part = tuple[str, int, int | None]  # a shard, the first of its training rows, and the one after the last; None for all
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """B images with their golden rankings.
+
+    Attributes:
+        keys: B strings.
+        pixels: (B, 3, H, W) float32, preprocessed; without rows where there are `tokens`.
+        labels: (B,) int64, -1 where there is none.
+        ranking: (B, N) int64, token ids, most useful first; None where the images were never ranked.
+        score: (B, N) float32, by token id; None likewise.
+        tokens: (B, 1 + N, D), the tower's prefix, where it is kept on disk; else None.
+    """
+
+    keys: list[str]
+    pixels: Tensor
+    labels: Tensor
+    ranking: Tensor | None
+    score: Tensor | None
+    tokens: Tensor | None = None
+
+
+@dataclass
+class Partners:
+    """How the samples of one shard and the rows of its table found each other.
+
+    Attributes:
+        joined: images with a ranking.
+        without_ranking: samples of the shard that its table does not have.
+        without_image: rows of the table without a readable sample in the shard.
+        undecodable: keys of images that were ranked, but cannot be decoded now.
+        error: why the shard could not be read to its end, or None.
+    """
+
+    joined: int = 0
+    without_ranking: int = 0
+    without_image: int = 0
+    undecodable: set[str] = field(default_factory=set)
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class _Pair(Sample):
+    """A sample with the shard that it is from and its row of the table, or None where it was never ranked."""
+
+    shard: str = ""
+    ranking: Tensor | None = None
+    score: Tensor | None = None
+
+
+def check(corpus: Rankings, tower: Tower, weights: str | None) -> None:
+    """Refuse rankings of another model, cut or grid. `weights` is `Model.weights`.
+
+    Raises:
+        UserError: names what differs.
+    """
+    model = {**corpus.settings["model"], "grid": corpus.settings.get("grid")}
+    artifacts.check(f"{corpus.folder}: this search was", model, tower, weights)
+    if corpus.num_tokens != tower.num_tokens:
+        raise UserError(f"{corpus.folder}: ranks {corpus.num_tokens} tokens, and the model has {tower.num_tokens}")
+
+
+def is_held_out(key: str, share: float) -> bool:
+    """Whether the image of this key is never trained on; the same for every corpus, rank and run."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) < share * 2**64
+
+
+class Pairs:
+    """Reads a corpus of rankings together with its shards. A shard at a time and lane, never the whole corpus.
+
+    Args:
+        corpus: the rankings.
+        preprocess: PIL image -> (3, H, W), the transform of the search.
+        shards: URIs as `patchrank.data.shards.expand` gives them; all that the rankings name where None.
+        held_out: share of the images, told by a hash of their keys, that `batches` leaves to `held_out`.
+        seed: of all shuffling.
+        buffer: so many samples, still encoded, are shuffled among each other; each lane has its share of them.
+        threads: that decode images.
+
+    Attributes:
+        shards: those that have rankings, in the order given, or sorted.
+        shards_without_rankings: those given that have none.
+        partners: by shard read so far, how its samples and rows found each other.
+        features: where set, `batches` takes the images' tokens from there instead of decoding them.
+
+    Raises:
+        UserError: none of the shards has rankings, or a share that is not in 0 .. 1.
+    """
+
+    def __init__(
+        self,
+        corpus: Rankings,
+        preprocess: Callable[..., Tensor],
+        shards: Sequence[str] | None = None,
+        held_out: float = 0.1,
+        seed: int = 0,
+        buffer: int = 2000,
+        threads: int = 2,
+    ) -> None:
+        if not 0 <= held_out <= 1:
+            raise UserError(f"--held-out {held_out}: must be 0 to 1")
+        self.corpus = corpus
+        self.preprocess = preprocess
+        self.seed = seed
+        self.buffer = buffer
+        self.threads = threads
+        self.share = held_out
+        ranked = set(corpus.files)
+        if shards is None:
+            self.shards = corpus.shards()
+        else:
+            self.shards = [uri for uri in shards if file_name(uri) in ranked]
+        self.shards_without_rankings = [uri for uri in shards or () if file_name(uri) not in ranked]
+        if not self.shards:
+            raise UserError(
+                f"{corpus.folder}: holds rankings of {corpus.shards()[0]} and its like, but of none of the "
+                f"{len(self.shards_without_rankings)} shards given, {self.shards_without_rankings[0]} the first; "
+                "name the shards as the search did"
+            )
+        self.partners: dict[str, Partners] = {}
+        self.features: Features | None = None
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Rankings to train on, and held out."""
+        return sum(train for train, _ in self._counted), sum(held_out for _, held_out in self._counted)
+
+    @functools.cached_property
+    def _counted(self) -> list[tuple[int, int]]:
+        """The same by shard, from the keys of all tables."""
+        with ThreadPoolExecutor(16) as pool:  # for buckets
+            return list(pool.map(self._count, self.shards))
+
+    def steps_per_epoch(self, global_batch: int) -> int:
+        """Optimiser steps in which as many images are seen as there are to train on, at least 1.
+
+        Raises:
+            UserError: there is nothing to train on.
+        """
+        if not self.rows[0]:
+            raise UserError(f"{self.corpus.folder}: none of its images is left to train on; lower --held-out")
+        return max(1, self.rows[0] // global_batch)
+
+    def batches(self, rank: int, world: int, size: int, accumulation: int = 1, start: int = 0) -> Iterator[PairBatch]:
+        """The batches that one rank trains on, without end.
+
+        In every epoch the shards, in a shuffled order, are cut into lanes of as many images each, and a global batch
+        takes from the lanes in turn; a rank has every world-th lane and reads the shards of these alone. So an epoch
+        has every image once, but for what is left of the last step, every rank has as many batches whatever its shards
+        hold, and the images of a step are the same for all numbers of ranks that divide `LANES`. A lane whose images
+        are not all there begins again with those that are.
+
+        An image that cannot be decoded leaves its batch one image short.
+
+        Args:
+            rank, world: this process and how many there are.
+            size: B, images a batch.
+            accumulation: batches a rank has in a step; a step has world * accumulation * size images.
+            start: the first step, for a run that goes on.
+
+        Raises:
+            UserError: nothing can be read, or not one image of a batch.
+        """
+        lanes = world if LANES % world else LANES
+        per_step = accumulation * size
+        steps = self.steps_per_epoch(world * per_step)
+        for epoch in itertools.count(start // steps):
+            streams = [self._lane(epoch, lane, lanes) for lane in range(rank, lanes, world)]
+            rows = (next(stream) for stream in itertools.cycle(streams))
+            done = start - epoch * steps if epoch == start // steps else 0
+            mine = itertools.islice(rows, done * per_step, steps * per_step)
+            yield from self._batches(mine, size, training=True)
+
+    def held_out(self, size: int, rank: int = 0, world: int = 1, limit: int | None = None) -> Iterator[PairBatch]:
+        """The held-out images once, in the order of the shards; every world-th where several ranks share the work.
+
+        Args:
+            size: B, images a batch; the last one may be smaller.
+            limit: the first so many, of all ranks together.
+        """
+        rows = (row for uri in self.shards for row in self._pairs(uri) if is_held_out(row.key, self.share))
+        yield from self._batches(itertools.islice(rows, rank, limit, world), size, training=False)
+
+    def _count(self, shard: str) -> tuple[int, int]:
+        keys = self.corpus.shard(shard, ["key"])["key"].to_pylist()
+        held_out = sum(is_held_out(key, self.share) for key in keys)
+        return len(keys) - held_out, held_out
+
+    def _lane(self, epoch: int, lane: int, lanes: int) -> Iterator[_Pair]:
+        """The training rows of one lane, shuffled, again and again."""
+        order = list(zip(self.shards, self._counted, strict=True))
+        random.Random(f"{self.seed} {epoch}").shuffle(order)
+        rows = sum(train for _, (train, _) in order)
+        begin, end = lane * rows // lanes, (lane + 1) * rows // lanes
+        mine: list[_Part] = []
+        for uri, (train, _) in order:
+            if max(begin, 0) < min(end, train):
+                mine.append((uri, max(begin, 0), end if end < train else None))
+            begin, end = begin - train, end - train
+        for turn in itertools.count():
+            found = (row for uri, first, last in mine for row in self._training_rows(uri, first, last))
+            empty = True
+            for row in _shuffled(found, self.buffer // lanes, random.Random(f"{self.seed} {epoch} {lane} {turn}")):
+                empty = False
+                yield row
+            if empty:  # too few images for all lanes, or damaged shards: this lane helps itself from the others
+                everything: list[_Part] = [(uri, 0, None) for uri, _ in order]
+                if mine == everything:
+                    raise UserError(f"{self.corpus.folder}: {self._trouble()}")
+                mine = everything
+
+    def _training_rows(self, shard: str, first: int, last: int | None) -> Iterator[_Pair]:
+        """The training rows of a shard from number `first` to the one before `last`."""
+        rows = (row for row in self._pairs(shard) if not is_held_out(row.key, self.share))
+        return itertools.islice(rows, first, last)
+
+    def _pairs(self, shard: str) -> Iterator[_Pair]:
+        """The samples of a shard that have a ranking, in the shard's order."""
+        table = self.corpus.tensors(["ranking", "score"], shard)
+        row = {key: number for number, key in enumerate(table["key"])}
+        found = Partners()
+        try:
+            for sample in read(shard, self.corpus.settings.get("limit")):
+                if not isinstance(sample, Sample):
+                    continue
+                number = row.pop(sample.key, None)
+                if number is None:
+                    found.without_ranking += 1
+                    continue
+                found.joined += 1
+                ranking, score = table["ranking"][number], table["score"][number]
+                yield _Pair(sample.key, sample.image, sample.label, (), shard, ranking, score)
+        except ShardError as error:  # the other shards are still good
+            found.error = str(error)
+        found.without_image = len(row)
+        found.undecodable = self.partners.get(shard, found).undecodable
+        self.partners[shard] = found
+
+    def _batches(self, rows: Iterable[_Pair], size: int, training: bool) -> Iterator[PairBatch]:
+        def undecodable(pair: _Pair) -> None:
+            self.partners.setdefault(pair.shard, Partners()).undecodable.add(pair.key)
+
+        features = self.features if training else None
+        return _decoded(rows, self.preprocess, size, self.threads, undecodable, features, in_step=training)
+
+    def _trouble(self) -> str:
+        errors = [f"{uri}: {found.error}" for uri, found in self.partners.items() if found.error]
+        if errors:
+            return f"no image of its shards can be read ({errors[0]})"
+        return "no sample of its shards has a ranking; name the shards that were searched"
+
+
+def unranked(
+    shards: Iterable[str],
+    preprocess: Callable[..., Tensor],
+    size: int,
+    limit: int | None = None,
+    threads: int = 2,
+    undecodable: Callable[[str], None] = lambda key: None,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[PairBatch]:
+    """The images of shards that were never ranked, once, for evaluation.
+
+    Args:
+        limit: the first so many, of all shards and ranks together.
+        rank, world: this process and how many there are; each takes every world-th image.
+        undecodable: is told the key of every image that cannot be decoded.
+
+    Raises:
+        UserError: a shard cannot be read.
+    """
+
+    def rows() -> Iterator[_Pair]:
+        for uri in shards:
+            with readable(uri):
+                for sample in read(uri):
+                    if isinstance(sample, Sample):
+                        yield _Pair(sample.key, sample.image, sample.label, (), uri)
+
+    mine = itertools.islice(rows(), rank, limit, world)
+    return _decoded(mine, preprocess, size, threads, lambda pair: undecodable(pair.key), in_step=False)
+
+
+def _shuffled(rows: Iterable[_Pair], size: int, rng: random.Random) -> Iterator[_Pair]:
+    """The rows in another order: each leaves a buffer of `size` rows at random."""
+    buffer: list[_Pair] = []
+    for row in rows:
+        if len(buffer) < size:
+            buffer.append(row)
+        elif buffer:
+            place = rng.randrange(size)
+            buffer[place], row = row, buffer[place]
+            yield row
+        else:
+            yield row
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+def _decoded(
+    rows: Iterable[_Pair],
+    preprocess: Callable[..., Tensor],
+    size: int,
+    threads: int,
+    undecodable: Callable[[_Pair], None],
+    features: Features | None = None,
+    *,
+    in_step: bool,
+) -> Iterator[PairBatch]:
+    """Batches of every `size` rows, less those that cannot be decoded; the next batch is decoded meanwhile.
+
+    A batch of which nothing is left is an error where ranks are `in_step`, each with as many batches as the others.
+    """
+
+    def load(pair: _Pair) -> Tensor | None:
+        if features is not None:
+            return features.tokens(pair.shard, pair.key)
+        try:
+            return preprocess(decode(pair.image))
+        except MemoryError:  # the machine's trouble, not the image's
+            raise
+        except Exception:  # whatever an image does to its decoder, it must not cost the others
+            return None
+
+    rows = iter(rows)
+    waiting: deque[list[tuple[_Pair, Future[Tensor | None]]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        while True:
+            while len(waiting) < 2 and (chunk := list(itertools.islice(rows, size))):
+                waiting.append([(pair, pool.submit(load, pair)) for pair in chunk])
+            if not waiting:
+                return
+            loaded: list[tuple[_Pair, Tensor]] = []
+            batch = waiting.popleft()
+            for pair, future in batch:
+                if (pixels := future.result()) is None:
+                    undecodable(pair)
+                else:
+                    loaded.append((pair, pixels))
+            if loaded:
+                yield _batch(loaded, features is not None)
+            elif in_step:
+                raise UserError(f"{batch[0][0].shard}: its images cannot be decoded any more, {len(batch)} in a row")
+
+
+def _batch(loaded: list[tuple[_Pair, Tensor]], are_tokens: bool) -> PairBatch:
+    pairs = [pair for pair, _ in loaded]
+    images = torch.stack([image for _, image in loaded])
+
+    def stacked(name: str) -> Any:
+        tensors = [getattr(pair, name) for pair in pairs]
+        return None if tensors[0] is None else torch.stack(tensors)
+
+    return PairBatch(
+        keys=[pair.key for pair in pairs],
+        pixels=torch.empty(0) if are_tokens else images,
+        labels=torch.tensor([-1 if pair.label is None else pair.label for pair in pairs]),
+        ranking=stacked("ranking"),
+        score=stacked("score"),
+        tokens=images if are_tokens else None,
+    )

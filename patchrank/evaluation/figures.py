@@ -1,0 +1,158 @@
+"""What an evaluation comes to: figures by method and keep rate, by class, and of retrieval, from its Parquet files."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from patchrank.errors import UserError
+from patchrank.pruning.comparison import UNPRUNED
+from patchrank.store import storage
+
+FILE = "figures.json"
+RECALLS = (1, 5, 10)
+_BLOCK = 4096  # rows of a similarity matrix that are there at a time
+
+_FIGURES = """
+    SELECT method, keep, count(*) AS images, count(label) FILTER (prediction IS NOT NULL) AS labelled,
+        avg(CASE WHEN prediction = label THEN 1.0 ELSE 0.0 END)
+            FILTER (label IS NOT NULL AND prediction IS NOT NULL) AS top1,
+        avg(CASE WHEN top5 THEN 1.0 ELSE 0.0 END) FILTER (top5 IS NOT NULL) AS top5,
+        avg(cosine::DOUBLE) AS cosine, avg(matching::DOUBLE) AS matching
+    FROM evaluation GROUP BY method, keep
+"""
+_CLASSES = """
+    SELECT label, method, keep, count(*) AS images, avg(CASE WHEN prediction = label THEN 1.0 ELSE 0.0 END) AS top1
+    FROM evaluation WHERE label IS NOT NULL AND prediction IS NOT NULL
+    GROUP BY label, method, keep ORDER BY label, method, keep DESC
+"""
+
+
+def figures(folder: str, names: Sequence[str], order: Sequence[str]) -> list[dict[str, Any]]:
+    """By method and keep rate: images, labelled, top1, top5, cosine and matching; None where there is nothing to tell.
+
+    Args:
+        folder: of an evaluation, local, s3:// or gs://.
+        names: of the tables to sum up, one at least.
+        order: of the methods.
+
+    Raises:
+        UserError: they hold no rows, or cannot be read.
+    """
+    rows = _query(folder, names, _FIGURES)
+    if not rows:
+        raise UserError(f"{folder}: no image was evaluated; its rejects say why")
+    place = {name: number for number, name in enumerate([UNPRUNED, *order])}
+    return sorted(rows, key=lambda row: (place.get(row["method"], len(place)), -row["keep"]))
+
+
+def by_class(folder: str, names: Sequence[str], class_names: Sequence[str] | None) -> list[dict[str, Any]]:
+    """By label, method and keep rate: name, images and top1, of the labelled images that were classified."""
+    known = class_names or []
+    return [
+        row | {"name": known[row["label"]] if 0 <= row["label"] < len(known) else str(row["label"])}
+        for row in _query(folder, names, _CLASSES)
+    ]
+
+
+def retrieval(folder: str, names: Sequence[str], encode: Callable[[list[str]], np.ndarray]) -> list[dict[str, Any]]:
+    """Recall at 1, 5 and 10 from images to captions and back, by method and keep rate; nothing without captions.
+
+    From image to text any of the image's own captions counts; from text to image, the image it is of.
+
+    Args:
+        encode: M captions -> (M, E) float32, normalised.
+
+    Raises:
+        UserError: the tables cannot be read.
+    """
+    data = _dataset(folder, names)
+    captioned = ds.field("captions").is_valid()
+    whole = _rows(folder, data, ["shard", "key", "captions"], captioned & (ds.field("method") == UNPRUNED))
+    if not len(whole):
+        return []
+    images = list(zip(whole["shard"].to_pylist(), whole["key"].to_pylist(), strict=True))
+    row_of = {image: row for row, image in enumerate(images)}
+    captions = whole["captions"].to_pylist()
+    owner = np.repeat(np.arange(len(images)), [len(texts) for texts in captions])  # (M,)
+    texts = encode(list(itertools.chain.from_iterable(captions)))  # (M, E)
+    result = []
+    cells = {(row["method"], row["keep"]) for row in _rows(folder, data, ["method", "keep"]).to_pylist()}
+    for method, keep in sorted(cells, key=lambda cell: (cell[0] != UNPRUNED, cell[0], -cell[1])):
+        mine = captioned & (ds.field("method") == method) & (ds.field("keep") == keep)
+        table = _rows(folder, data, ["shard", "key", "embedding"], mine)
+        vectors = np.zeros((len(images), texts.shape[1]), np.float32)  # (I, E)
+        rows = [row_of[image] for image in zip(table["shard"].to_pylist(), table["key"].to_pylist(), strict=True)]
+        flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        vectors[rows] = flat.reshape(len(rows), -1)
+        result.append(
+            {
+                "method": method,
+                "keep": keep,
+                "images": len(images),
+                "captions": len(owner),
+                "image_to_text": _recall(vectors, texts, lambda image, text: owner[text] == image[:, None]),
+                "text_to_image": _recall(texts, vectors, lambda text, image: owner[text][:, None] == image),
+            }
+        )
+    return result
+
+
+def write(folder: str, content: Mapping[str, Any]) -> None:
+    """Write figures.json. Raises OSError."""
+    storage.write_atomic(storage.join(folder, FILE), json.dumps(content, indent=1).encode() + b"\n")
+
+
+def _recall(
+    queries: np.ndarray, gallery: np.ndarray, matches: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> dict[str, float]:
+    """The share of queries that find one of theirs among the k nearest: (Q, E), (G, E) -> by k."""
+    found = dict.fromkeys(RECALLS, 0)
+    most = min(max(RECALLS), len(gallery))
+    for start in range(0, len(queries), _BLOCK):
+        rows = np.arange(start, min(start + _BLOCK, len(queries)))  # (q,)
+        similar = queries[rows] @ gallery.T  # (q, G)
+        nearest = np.argpartition(-similar, most - 1, axis=1)[:, :most]
+        order = np.take_along_axis(similar, nearest, axis=1).argsort(axis=1)[:, ::-1]
+        nearest = np.take_along_axis(nearest, order, axis=1)  # (q, 10), the nearest first
+        right = matches(rows, nearest)  # (q, 10)
+        for k in RECALLS:
+            found[k] += int(right[:, :k].any(axis=1).sum())
+    return {str(k): count / len(queries) for k, count in found.items()}
+
+
+def _query(folder: str, names: Sequence[str], sql: str) -> list[dict[str, Any]]:
+    import duckdb
+
+    with duckdb.connect() as connection, _reading(folder):
+        connection.register("evaluation", _dataset(folder, names))
+        return connection.sql(sql).to_arrow_table().to_pylist()
+
+
+def _dataset(folder: str, names: Sequence[str]) -> ds.Dataset:
+    resolved = [storage.resolve(storage.join(folder, name)) for name in names]
+    with _reading(folder):
+        return ds.dataset([path for _, path in resolved], filesystem=resolved[0][0], format="parquet")
+
+
+def _rows(folder: str, data: ds.Dataset, columns: list[str], which: ds.Expression | None = None) -> pa.Table:
+    with _reading(folder):
+        return data.to_table(columns, filter=which)
+
+
+@contextlib.contextmanager
+def _reading(folder: str) -> Iterator[None]:
+    """Damaged tables, which may be noticed as late as their rows are read, become a UserError."""
+    import duckdb
+
+    try:
+        yield
+    except (duckdb.Error, pa.ArrowException, OSError) as error:
+        raise UserError(f"{folder}: cannot be read ({storage.one_line(error)}); evaluate again") from None

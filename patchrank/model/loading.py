@@ -1,0 +1,190 @@
+"""open_clip models by name: built-in with a tag or a file, hub, folder, or a file that holds the image tower alone."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.factory import load_state_dict, parse_model_name
+from open_clip.transformer import VisionTransformer
+from torch import Tensor
+
+from patchrank.errors import UserError
+from patchrank.model.tower import check_tower
+from patchrank.store.storage import one_line
+
+IMAGE_TOWER_LOGIT_SCALE = 100.0  # of a file without a text tower: the value at which CLIP's training clamps it
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded open_clip model.
+
+    Attributes:
+        name: as given by the user.
+        clip: the open_clip model in float32 on the CPU, in eval mode; without `has_text` its text tower is untrained.
+        has_text: whether the text tower's weights were loaded.
+        weights: digest of the image tower's weights and structure, 16 hex digits, which tells models apart.
+        text_weights: the same of everything else, the text tower among it.
+        logit_scale: the factor on cosines before the softmax over classes.
+    """
+
+    name: str
+    clip: Any  # open_clip has no types
+    has_text: bool
+    weights: str
+    text_weights: str
+    logit_scale: float
+
+    @property
+    def visual(self) -> VisionTransformer:
+        """The image tower."""
+        return self.clip.visual
+
+    def preprocess(self) -> Callable[..., Tensor]:
+        """The model's own inference transform: PIL image -> (3, H, W) float32."""
+        config = open_clip.transform.PreprocessCfg(**self.visual.preprocess_cfg)
+        return open_clip.transform.image_transform_v2(config, is_train=False)
+
+    def tokenizer(self) -> Callable[[list[str]], Tensor]:
+        """The model's tokenizer."""
+        return open_clip.get_tokenizer(self.name)
+
+
+def load(name: str, pretrained: str | None = None) -> Model:
+    """Load an open_clip model whose image tower patchrank can cut.
+
+    Args:
+        name: a built-in name ("ViT-B-16"), "hf-hub:ORG/REPO" or "local-dir:FOLDER".
+        pretrained: for a built-in name, a tag of open_clip ("openai") or a weights file. The file may hold the whole
+            model or the image tower alone, its keys with or without "visual.".
+
+    Raises:
+        UserError: unknown model or tag, a file that does not fit, or an image tower of another kind.
+    """
+    schema, _ = parse_model_name(name)
+    if schema is None:
+        config = open_clip.get_model_config(name.replace("/", "-"))
+        if config is None:
+            raise UserError(f"--model {name}: open_clip does not know it; `open_clip.list_models()` lists the names")
+        if pretrained is None:
+            tags = open_clip.list_pretrained_tags_by_model(name)
+            known = f" ({', '.join(tags)})" if tags else ""
+            raise UserError(f"--model {name} needs --pretrained: a weights file or one of open_clip's tags{known}")
+    with _quiet():
+        image_tower = _image_tower_weights(pretrained) if schema is None and os.path.isfile(str(pretrained)) else None
+        try:
+            clip = open_clip.create_model(
+                open_clip_name(name, pretrained),
+                pretrained=None if image_tower else pretrained,
+                require_pretrained=image_tower is None,
+            )
+        except Exception as error:  # open_clip raises what its libraries raise: network, file and shape errors alike
+            raise UserError(f"--model {name} --pretrained {pretrained}: {_short(error)}") from None
+    check_tower(clip.visual, name)
+    if image_tower:
+        try:
+            clip.visual.load_state_dict(image_tower)
+        except RuntimeError as error:
+            raise UserError(f"--pretrained {pretrained}: not the image tower of {name}: {_short(error)}") from None
+    clip.eval().requires_grad_(False)
+    scale = IMAGE_TOWER_LOGIT_SCALE if image_tower else clip.logit_scale.exp().item()
+    weights = tower_digest(clip.visual)
+    text = {key: value for key, value in clip.state_dict().items() if not key.startswith("visual.")}
+    return Model(name, clip, image_tower is None, weights, digest(text), scale)
+
+
+def tower_digest(visual: VisionTransformer, dtype: torch.dtype = torch.float32) -> str:
+    """Digest of an image tower's structure and of its weights rounded to a dtype, 16 hex digits.
+
+    A tower that is kept in a lower precision has the digest of the float32 one in that precision.
+    """
+    # The same weights make another model with other heads, patches, activations or norms. Facts rather than the text
+    # that PyTorch prints of a module: that changes with its version, and with what open_clip builds in low precision.
+    block = visual.transformer.resblocks[0]
+    structure = (
+        f"heads {block.attn.num_heads} grid {visual.grid_size} patch {visual.conv1.stride} "
+        f"activation {type(block.mlp.gelu).__name__} {getattr(block.mlp.gelu, 'approximate', None)} "
+        f"norms {[module.eps for module in visual.modules() if isinstance(module, torch.nn.LayerNorm)]} "
+        f"pooled before the last {visual.final_ln_after_pool}"
+    )
+    return digest({key: value.to(dtype) for key, value in visual.state_dict().items()}, structure)
+
+
+def open_clip_name(name: str, pretrained: str | None) -> str:
+    """The name under which open_clip builds a model as its weights were trained.
+
+    Those of OpenAI and some others were trained with QuickGELU, and "ViT-B-16" has none, whatever the tag: open_clip
+    only warns. "ViT-B-16-quickgelu" has it.
+    """
+    quick = f"{name.replace('/', '-')}-quickgelu"
+    tagged = pretrained is not None and open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained)
+    return quick if tagged and tagged.get("quick_gelu") and open_clip.get_model_config(quick) else name
+
+
+def _image_tower_weights(path: str | None) -> dict[str, Tensor] | None:
+    """The image tower's state dict if the file holds nothing else, with plain keys; None for a whole model."""
+    try:
+        state = load_state_dict(str(path))
+    except Exception as error:
+        raise UserError(f"--pretrained {path}: cannot be read as weights: {_short(error)}") from None
+    if all(key.startswith("visual.") for key in state):
+        return {key.removeprefix("visual."): value for key, value in state.items()}
+    text_tower = any(key.startswith(("token_embedding.", "text.", "visual.")) for key in state)
+    return None if text_tower else state
+
+
+def digest(weights: Mapping[str, Tensor], structure: str = "") -> str:
+    """16 hex digits that tell weights, and the structure that they are for, from others."""
+    found = hashlib.sha256(structure.encode())
+    for key, value in sorted(weights.items()):
+        found.update(key.encode())
+        found.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def _short(error: Exception) -> str:
+    text = one_line(error)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip logs its own view of what was loaded ("No pretrained weights loaded"), wrong when we load them."""
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def resolve_dtype(name: str, gpu: bool) -> torch.dtype:
+    """The dtype of a flag; "auto" is bfloat16 on a GPU and on a CPU with bfloat16 instructions, else float32.
+
+    Raises:
+        UserError: another name than auto, float32, bfloat16 or float16.
+    """
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name == "auto":
+        return torch.bfloat16 if gpu or _cpu_has_bfloat16() else torch.float32
+    if name not in dtypes:
+        raise UserError(f"--dtype {name}: must be auto, {', '.join(dtypes)}")
+    return dtypes[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that `resolve_dtype` takes, as files have it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _cpu_has_bfloat16() -> bool:
+    # Older versions of PyTorch cannot tell, and leave it at float32.
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

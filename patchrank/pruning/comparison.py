@@ -1,0 +1,212 @@
+"""Ways of pruning side by side: top-1 and cosine of what they leave of a model, and how they match golden rankings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchrank.data.pairs import PairBatch
+from patchrank.model.tower import Tower
+from patchrank.pruning.baselines import Usefulness
+from patchrank.pruning.prompts import VisualTokens
+from patchrank.tokens import count_kept, matching_rate, select, tokens_kept
+
+UNPRUNED = "unpruned"
+_FIGURES = ("images", "labelled", "hits", "cosine", "ranked", "matching")  # the columns of `Comparison.sums`
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of pruning.
+
+    Attributes:
+        usefulness: tells which tokens stay; all do where None.
+        tokens: learnable tokens that go along.
+        classes: (K, E) normalised class embeddings of its own, which learnable text tokens give.
+        whole: for what is no choice of tokens: the image tower, (B, 3, H, W) -> (B, E), that prunes to a keep rate.
+    """
+
+    usefulness: Usefulness | None = None
+    tokens: VisualTokens | None = None
+    classes: Tensor | None = None
+    whole: Callable[[float], Callable[[Tensor], Tensor]] | None = None
+
+    @property
+    def prunes(self) -> bool:
+        """Whether it leaves less at a lower keep rate."""
+        return self.usefulness is not None or self.whole is not None
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A batch of images pruned by one method at one keep rate.
+
+    Attributes:
+        method, keep: which.
+        embeddings: (B, E) float32, not normalised.
+        usefulness: (B, N) by token id, high = keep; None where nothing was chosen.
+        kept: (B, n) int64, ascending ids of the tokens that stay; None likewise.
+    """
+
+    method: str
+    keep: float
+    embeddings: Tensor
+    usefulness: Tensor | None = None
+    kept: Tensor | None = None
+
+
+@torch.no_grad()
+def prune_batch(
+    tower: Tower, methods: Mapping[str, Method], keep_rates: Sequence[float], batch: PairBatch
+) -> Iterator[Pruned]:
+    """Prune a batch of images in every way, the unpruned one first; what is before the cut runs once for all of them.
+
+    Args:
+        methods: by name; `UNPRUNED` is not among them.
+        keep_rates: that leave at least a token.
+    """
+    full_tokens = tower.prefix(batch.pixels)  # (B, 1 + N, D)
+    yield Pruned(UNPRUNED, 1.0, tower.suffix(full_tokens))
+    for name, method in methods.items():
+        if method.whole is not None:
+            pixels = batch.pixels.to(tower.device, tower.dtype)
+            for keep in keep_rates:
+                yield Pruned(name, keep, method.whole(keep)(pixels).to(tower.visual.proj.dtype))
+            continue
+        tokens = full_tokens if method.tokens is None else method.tokens.prefix(tower, batch.pixels)
+        if method.usefulness is None:
+            yield Pruned(name, 1.0, tower.suffix(tokens))
+            continue
+        patches = tokens[:, : 1 + tower.num_tokens]  # (B, 1 + N, D), without learnable tokens
+        usefulness = method.usefulness(patches, batch)  # (B, N)
+        for keep in keep_rates:
+            kept = select(usefulness, tokens_kept(tower.num_tokens, keep))
+            yield Pruned(name, keep, tower.suffix(tokens, kept), usefulness, kept)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The figures of one method at one keep rate: means over images.
+
+    Attributes:
+        method: its name.
+        keep: share of the patch tokens that stay.
+        images: how many were compared.
+        top1: share of the labelled images that are classified right; None without class embeddings or labels.
+        cosine: to the embedding of the whole image without learnable tokens; None where there were no images.
+        matching: matching rate at m; None where the images have no golden rankings, or nothing is pruned.
+    """
+
+    method: str
+    keep: float
+    images: int
+    top1: float | None
+    cosine: float | None
+    matching: float | None
+
+
+class Comparison:
+    """Compares methods on batches of images; it begins with the unpruned model.
+
+    Args:
+        tower: the model.
+        methods: by name.
+        keep_rates: at which all of them prune.
+        classes: (K, E) normalised class embeddings, or None (then there is no top-1).
+        m: the tokens that the matching rate looks at; as many as stay where None.
+
+    Attributes:
+        sums: (rows, 6) float64, the sums over images that `rows` divides. Processes that share the images out can add
+            theirs together.
+
+    Raises:
+        UserError: a keep rate that leaves nothing, or is above 1.
+    """
+
+    def __init__(
+        self,
+        tower: Tower,
+        methods: Mapping[str, Method],
+        keep_rates: Sequence[float],
+        classes: Tensor | None = None,
+        m: int | None = None,
+    ) -> None:
+        self.tower = tower
+        self.methods = dict(methods)
+        self.counts = {keep: count_kept(tower.num_tokens, keep, "--keep-rates") for keep in keep_rates}
+        self.classes = classes
+        self.m = m
+        self._cells = [(UNPRUNED, 1.0)] + [
+            (name, keep) for name, method in methods.items() for keep in (self.counts if method.prunes else (1.0,))
+        ]
+        self.sums = torch.zeros(len(self._cells), len(_FIGURES), dtype=torch.float64)
+
+    def add(self, batch: PairBatch) -> None:
+        """Prune a batch of images in every way."""
+        full = None
+        for row, pruned in enumerate(prune_batch(self.tower, self.methods, list(self.counts), batch)):
+            full = pruned.embeddings if full is None else full  # (B, E)
+            figures = self._labelled(pruned, batch)
+            cosine = F.cosine_similarity(pruned.embeddings, full).double().sum().item()
+            figures |= {"images": len(full), "cosine": cosine}
+            if batch.ranking is not None and pruned.usefulness is not None:
+                ranking = batch.ranking.to(full.device)
+                rates = matching_rate(pruned.usefulness, ranking, self.m or self.counts[pruned.keep])
+                figures |= {"ranked": len(full), "matching": rates.double().sum().item()}
+            self.sums[row] += torch.tensor([figures.get(figure, 0.0) for figure in _FIGURES], dtype=torch.float64)
+
+    def rows(self) -> list[Row]:
+        """The figures so far, method by method in the order given, keep rate by keep rate."""
+        result = []
+        for (name, keep), sums in zip(self._cells, self.sums.tolist(), strict=True):
+            images, labelled, hits, cosine, ranked, matching = sums
+            result.append(
+                Row(
+                    method=name,
+                    keep=keep,
+                    images=int(images),
+                    top1=hits / labelled if labelled else None,
+                    cosine=cosine / images if images else None,
+                    matching=matching / ranked if ranked else None,
+                )
+            )
+        return result
+
+    def _labelled(self, pruned: Pruned, batch: PairBatch) -> dict[str, float]:
+        own = self.methods[pruned.method].classes if pruned.method in self.methods else None
+        classes = self.classes if own is None else own
+        if classes is None:
+            return {}
+        embeddings = pruned.embeddings
+        prediction = (embeddings @ classes.to(embeddings).T).argmax(dim=1).cpu()  # (B,); a length changes no argmax
+        labelled = batch.labels >= 0
+        return {"labelled": labelled.sum().item(), "hits": (labelled & (prediction == batch.labels)).sum().item()}
+
+
+def render(rows: Sequence[Row]) -> str:
+    """The rows as a table for a terminal: a line a method, top-1 in %, cosine and matching rate in % by keep rate."""
+    keep_rates = list(dict.fromkeys(row.keep for row in rows if row.method != UNPRUNED))
+    figures = (
+        ("top-1, %", "top1", "{:.1f}"),
+        ("cosine", "cosine", "{:.4f}"),
+        ("matching, %", "matching", "{:.1f}"),
+    )
+    width = max(len(text) for text in [*(row.method for row in rows), *(title for title, _, _ in figures)])
+    blocks = []
+    for title, name, spelled in figures:
+        if all(getattr(row, name) is None for row in rows):
+            continue
+        lines = [f"{title:<{width}}" + "".join(f"{f'keep {keep:g}':>11}" for keep in keep_rates)]
+        for method in dict.fromkeys(row.method for row in rows):
+            by_keep = {row.keep: getattr(row, name) for row in rows if row.method == method}
+            values = [by_keep.get(keep, by_keep.get(1.0)) for keep in keep_rates]
+            if any(value is not None for value in values):
+                scale = 1 if name == "cosine" else 100
+                texts = ["" if value is None else spelled.format(scale * value) for value in values]
+                lines.append(f"{method:<{width}}" + "".join(f"{text:>11}" for text in texts))
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)

@@ -1,0 +1,114 @@
+"""Token merging (ToMe; Bolya et al., "Token Merging: Your ViT But Faster", 2023), from the paper, to compare with.
+
+In every block but the last, between attention and MLP, the r pairs of tokens whose keys are most alike become one token
+each: their mean, weighted by how many patches each stands for. Attention counts a token as often as it stands for a
+patch ("proportional attention").
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchrank.model.tower import add_attended, attend, block_multiply_adds, embed_multiply_adds, project, run_mlp
+
+
+def merge_block(block: Any, x: Tensor, sizes: Tensor, merges: int) -> tuple[Tensor, Tensor]:
+    """One block that merges.
+
+    Args:
+        block: a residual attention block of open_clip.
+        x: (B, n, D), the class token first.
+        sizes: (B, n) float32, the patches that each token stands for; 1 for the class token.
+        merges: r, at most half of the tokens beside the class token.
+
+    Returns:
+        (B, n - r, D) and (B, n - r); the class token is first.
+    """
+    query, key, value = project(block.attn, block.ln_1(x))  # (B, heads, n, D / heads) each
+    x = add_attended(block, x, attend(block.attn, query, key, value, _proportion(sizes, query)))
+    if merges:
+        x, sizes = merge(x, sizes, key.mean(dim=1), merges)
+    return run_mlp(block, x), sizes
+
+
+def last_block(block: Any, x: Tensor, sizes: Tensor) -> Tensor:
+    """The class token after the last block, which need not merge: (B, n, D), (B, n) -> (B, 1, D)."""
+    query, key, value = project(block.attn, block.ln_1(x), class_token_only=True)
+    attended = attend(block.attn, query, key, value, _proportion(sizes, query))  # (B, 1, D)
+    return run_mlp(block, add_attended(block, x[:, :1], attended))
+
+
+def merge(x: Tensor, sizes: Tensor, metric: Tensor, merges: int) -> tuple[Tensor, Tensor]:
+    """Bipartite soft matching: tokens at even places each look for the most similar one at an odd place; the best
+    `merges` of these pairs become one token.
+
+    Args:
+        x: (B, n, D), the class token first, which never merges.
+        sizes: (B, n) float32.
+        metric: (B, n, d), whose cosine tells how alike two tokens are.
+        merges: 1 .. (n - 1) // 2.
+
+    Returns:
+        (B, n - merges, D) and (B, n - merges): the class token, the other tokens at even places that stay, then all at
+        odd places.
+    """
+    metric = F.normalize(metric, dim=-1)
+    alike = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)  # (B, even, odd)
+    best, partner = alike[:, 1:].max(dim=-1)  # (B, even - 1) each, without the class token
+    order = best.argsort(dim=-1, descending=True)  # (B, even - 1)
+    leaving = order[:, :merges]  # (B, merges)
+    staying = order[:, merges:].sort(dim=-1).values  # (B, even - 1 - merges)
+    target = partner.gather(1, leaving)[..., None]  # (B, merges, 1)
+    summed = torch.cat([x * sizes[..., None], sizes[..., None]], dim=-1)  # (B, n, D + 1)
+    even, odd = summed[:, ::2], summed[:, 1::2]
+    moved = (even[:, 1:].gather(1, ids[..., None].expand(-1, -1, even.shape[2])) for ids in (staying, leaving))
+    stays, goes = moved  # (B, even - 1 - merges, D + 1), (B, merges, D + 1)
+    odd = odd.scatter_add(1, target.expand_as(goes), goes)  # (B, odd, D + 1)
+    total = torch.cat([even[:, :1], stays, odd], dim=1)  # (B, n - merges, D + 1)
+    return (total[..., :-1] / total[..., -1:]).to(x.dtype), total[..., -1]
+
+
+def merging_multiply_adds(visual: Any, merges: list[int]) -> int:
+    """Exact multiply-adds of an image; the matching itself is counted, norms and activations are not.
+
+    Args:
+        merges: r of each block but the last.
+    """
+    mlp = visual.transformer.resblocks[0].mlp.c_fc
+    d, hidden = mlp.in_features, mlp.out_features
+    n = 1 + visual.grid_size[0] * visual.grid_size[1]
+    total = embed_multiply_adds(visual) + visual.proj.numel()
+    head = d // visual.transformer.resblocks[0].attn.num_heads
+    for r in merges:
+        matching = ((n + 1) // 2) * (n // 2) * head if r else 0
+        total += block_multiply_adds(visual, n) - r * 2 * d * hidden + matching
+        n -= r
+    return total + block_multiply_adds(visual, n, class_token_only=True)
+
+
+def merges_for(visual: Any, multiply_adds: int) -> list[int]:
+    """The r of each block but the last with which an image takes about so many multiply-adds: the same r in all blocks,
+    or one more in the first of them; the closest there is.
+    """
+    blocks = len(visual.transformer.resblocks) - 1
+    tokens = visual.grid_size[0] * visual.grid_size[1]
+
+    def spread(total: int) -> list[int]:
+        left, merges = tokens, []
+        for number in range(blocks):
+            wanted = total // blocks + (number < total % blocks)
+            merges.append(min(wanted, left // 2))  # half of the tokens can find a partner
+            left -= merges[-1]
+        return merges
+
+    candidates = [spread(total) for total in range(tokens * 4)]
+    return min(candidates, key=lambda merges: abs(merging_multiply_adds(visual, merges) - multiply_adds))
+
+
+def _proportion(sizes: Tensor, like: Tensor) -> Tensor:
+    """What proportional attention adds to the logits, (B, n) -> (B, 1, 1, n)."""
+    return sizes.log().to(like.dtype)[:, None, None]

@@ -1,0 +1,182 @@
+"""The predictor: one small MLP-Mixer layer that tells the usefulness of every patch token at the cut.
+
+predictor = Predictor(PredictorConfig(tower.grid, tower.width))
+usefulness = predictor(tower.prefix(images))              # (B, N), high = keep
+kept = select(usefulness, tokens_kept(tower.num_tokens, 0.6))
+embeddings = tower.suffix(tokens, kept)
+
+Section 3.2 of the paper (arXiv 2409.14607): channel mixing, then token mixing, each a residual MLP (linear, layer norm,
+GELU, linear), then the mean over channels. Ours first projects the channels to a small width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from patchrank.errors import UserError
+from patchrank.model import artifacts
+from patchrank.model.tower import Tower
+
+TARGETS = ("rank", "score")
+NAME = "predictor"  # of its files
+
+
+@dataclass(frozen=True)
+class PredictorConfig:
+    """The shape of a predictor. Raises UserError for a value that makes no sense."""
+
+    grid: tuple[int, int]  # rows and columns of patch tokens; N is their product
+    input_width: int  # D of the tower
+    width: int | None = 64  # channels are projected to this width first; None mixes all D, as the paper does
+    expansion: float = 2.0  # hidden width of both MLPs, as a multiple of their input; the paper's 6 % mean 4
+    class_token: bool = True  # whether the class token is mixed with the patches
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", tuple(self.grid))  # JSON has lists
+        if self.width is not None and self.width < 1:
+            raise UserError(f"--width {self.width}: must be at least 1")
+        if self.expansion <= 0:
+            raise UserError(f"--expansion {self.expansion}: must be above 0")
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the number of patch tokens."""
+        return self.grid[0] * self.grid[1]
+
+
+class Predictor(nn.Module):
+    """Usefulness of patch tokens. It works in the dtype of its weights.
+
+    Args:
+        config: its shape. Token mixing has weights for every position, so a predictor serves one grid.
+    """
+
+    def __init__(self, config: PredictorConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width or config.input_width
+        self.norm = nn.LayerNorm(config.input_width)  # a few channels of CLIP's tokens are a hundred times the others
+        self.project = nn.Linear(config.input_width, width) if config.width else nn.Identity()
+        self.channels = _mlp(width, config.expansion)
+        self.positions = _mlp(config.num_tokens + config.class_token, config.expansion)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Usefulness of each patch token, high = keep.
+
+        Args:
+            tokens: (B, 1 + N + b, D), any floating dtype, as `Tower.prefix` gives them; the last b are not looked at.
+
+        Returns:
+            (B, N) float32.
+        """
+        first = 0 if self.config.class_token else 1
+        x = tokens[:, first : 1 + self.config.num_tokens].to(self.norm.weight.dtype)  # (B, T, D)
+        x = self.project(self.norm(x))  # (B, T, width)
+        x = x + self.channels(x)
+        x = x + self.positions(x.transpose(1, 2)).transpose(1, 2)
+        return x.float().mean(dim=-1)[:, 1 - first :]  # (B, N)
+
+    def multiply_adds(self) -> int:
+        """Exact multiply-adds of an image; norms, activations and the mean are not counted."""
+        rows = self.config.num_tokens + self.config.class_token
+        width = self.config.width or self.config.input_width
+        by_token = [layer for part in (self.project, self.channels) for layer in part.modules()]
+        total = sum(layer.weight.numel() * rows for layer in by_token if isinstance(layer, nn.Linear))
+        return total + sum(layer.weight.numel() * width for layer in self.positions if isinstance(layer, nn.Linear))
+
+
+def _mlp(size: int, expansion: float) -> nn.Sequential:
+    hidden = max(1, round(size * expansion))
+    return nn.Sequential(nn.Linear(size, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, size))
+
+
+def targets(ranking: Tensor, score: Tensor, kind: str) -> Tensor:
+    """What the predictor is to learn: usefulness, z-scored over the tokens of each image.
+
+    Args:
+        ranking: (B, N) int64, token ids, most useful first.
+        score: (B, N) float, by token id; high = can go.
+        kind: "rank": the position in the ranking alone, right for searches of many steps, whose scores come from
+            different steps. "score": minus the score (section 3.2 of the paper), right for one-shot searches.
+
+    Returns:
+        (B, N) float32 by token id, high = keep; zeros where all tokens of an image are alike.
+
+    Raises:
+        ValueError: another kind.
+    """
+    if kind == "rank":
+        places = torch.arange(ranking.shape[1], 0, -1, device=ranking.device).expand_as(ranking)  # (B, N), best highest
+        usefulness = torch.empty_like(ranking).scatter_(1, ranking, places).double()
+    elif kind == "score":
+        usefulness = -score.double()  # scores of an image often differ in the fifth decimal only
+    else:
+        raise ValueError(f"unknown targets {kind!r}; there are {', '.join(TARGETS)}")
+    centred = usefulness - usefulness.mean(dim=1, keepdim=True)
+    deviation = centred.square().mean(dim=1, keepdim=True).sqrt()
+    return torch.where(deviation > 0, centred / deviation, 0.0).float()
+
+
+def bce(prediction: Tensor, target: Tensor) -> Tensor:
+    """Binary cross-entropy with the soft target sigmoid(target); smallest where prediction = target.
+
+    The paper prints -sum sigmoid(s) log sigmoid(s_hat), which has no finite minimum; this is what it must mean.
+    """
+    return F.binary_cross_entropy_with_logits(prediction, target.sigmoid())
+
+
+def listnet(prediction: Tensor, target: Tensor) -> Tensor:
+    """ListNet (Cao et al., 2007): cross-entropy between the softmax over tokens of the target and of the prediction."""
+    return -(target.softmax(dim=1) * prediction.log_softmax(dim=1)).sum(dim=1).mean()
+
+
+def margin(prediction: Tensor, target: Tensor) -> Tensor:
+    """Pairwise hinge: of two tokens the one with the higher target must be predicted higher, by 1 at least."""
+    better = target[:, :, None] > target[:, None, :]  # (B, N, N): whether i is better than j
+    hinge = F.relu(1 - (prediction[:, :, None] - prediction[:, None, :]))  # (B, N, N)
+    return (hinge * better).sum() / better.sum().clamp(min=1)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"bce": bce, "listnet": listnet, "margin": margin}
+"""By name: (prediction, target) -> a scalar, the mean over images; both (B, N) float32, the target from `targets`."""
+
+
+def save(folder: str, predictor: Predictor, record: Mapping[str, Any]) -> None:
+    """Write FOLDER/predictor.safetensors and FOLDER/predictor.json.
+
+    Args:
+        folder: local, s3:// or gs://.
+        predictor: weights of any dtype, on any device; they are stored in float32.
+        record: JSON values for predictor.json, beside the predictor's own `config`. `record["model"]` must have what
+            `artifacts.check` compares: `weights`, the digest of the image tower, and `cut`.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    artifacts.save(folder, NAME, predictor.state_dict(), {**record, "config": asdict(predictor.config)})
+
+
+def load(folder: str, tower: Tower | None = None, weights: str | None = None) -> tuple[Predictor, dict[str, Any]]:
+    """The predictor of a folder, in eval mode, float32, on the CPU, and the content of predictor.json.
+
+    Args:
+        folder: that `save` wrote.
+        tower, weights: the tower that it shall serve and the digest of its weights (`Model.weights`); not compared
+            where None.
+
+    Raises:
+        UserError: no predictor there, a damaged one, or one for another model, cut or grid; says what differs.
+    """
+    tensors, record = artifacts.load(folder, NAME)
+    with artifacts.readable(folder, NAME):
+        predictor = Predictor(PredictorConfig(**record["config"]))
+        predictor.load_state_dict(tensors)
+        model = {**record["model"], "grid": list(predictor.config.grid)}
+    artifacts.check(f"{folder}: this predictor was", model, tower, weights)
+    return predictor.eval(), record

@@ -1,0 +1,198 @@
+"""The tables of a report, as HTML. Whatever comes from files is escaped here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from patchrank.report.data import RECALLS, UNPRUNED, Evaluation, Figure, in_order, method_name, same, unit
+
+NONE, TIMES, MINUS = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
+_CLASSES = 12  # rows of the class table that are not folded
+
+
+def percent(share: float | None, images: int) -> str:
+    """A share in percent, with as many digits as so many images bear out."""
+    return NONE if share is None else f"{100 * share:.{1 if images < 5000 else 2}f}"
+
+
+def number(value: float | None, digits: int) -> str:
+    """A number, or a dash where there is none."""
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+def table(
+    caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1, marked: Sequence[int] = ()
+) -> str:
+    """A table in a box of its own that scrolls, so that the page does not.
+
+    Args:
+        caption: what it shows; also what a screen reader calls the box.
+        head, rows: plain text; the first cell of a row names it.
+        texts: how many columns, from the left, are text; the others are numbers.
+        marked: rows to set apart.
+    """
+    sides = ['class="text"' if column < texts else "" for column in range(len(head))]
+    top = "".join(f'<th scope="col" {side}>{escape(cell)}</th>' for cell, side in zip(head, sides, strict=True))
+    lines = []
+    for index, row in enumerate(rows):
+        cells = [f'<th scope="row" class="text">{escape(row[0])}</th>']
+        cells += [f"<td {side}>{escape(cell)}</td>" for cell, side in zip(row[1:], sides[1:], strict=True)]
+        lines.append(f"<tr{' class=marked' if index in marked else ''}>{''.join(cells)}</tr>")
+    return (
+        f'<div class="table"><p class="caption">{escape(caption)}</p>'  # outside the box: it does not scroll away
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
+        f"<thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody></table></div></div>"
+    )
+
+
+def folded(summary: str, content: str) -> str:
+    """Content that unfolds on a click; as plain HTML, it does without scripts."""
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
+
+
+def matrix(evaluation: Evaluation, what: str) -> str:
+    """One figure, "top1" or "cosine", by method and keep rate; the unpruned model for comparison."""
+
+    def cell(one: Figure | None) -> str:
+        if one is None:
+            return NONE
+        return percent(one.top1, one.images) if what == "top1" else number(one.cosine, 4)
+
+    rates = evaluation.keep_rates
+    rows = [
+        [method_name(method), *(cell(evaluation.figure(method, rate)) for rate in rates)]
+        for method in evaluation.methods
+    ]
+    if what == "top1":
+        rows.insert(0, [method_name(UNPRUNED), *[cell(evaluation.unpruned)] * len(rates)])
+        caption = "Top-1 accuracy in percent, by keep rate"
+    else:
+        caption = "Mean cosine to the unpruned embedding, by keep rate"
+    return table(caption, ["", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def figures(evaluation: Evaluation) -> str:
+    """All figures, those of one keep rate together."""
+    scale, letter = unit(evaluation)
+    whole = evaluation.unpruned
+    picked = [whole] if whole else []
+    for rate in evaluation.keep_rates:
+        picked += [one for method in evaluation.methods if (one := evaluation.figure(method, rate))]
+    starts = [index for index, one in enumerate(picked) if index and not same(one.keep, picked[index - 1].keep)]
+    head = ["Method", "Keep rate", "Images", "Top-1 %", "Top-5 %", "Cosine", "Matching %", f"{letter} multiply-adds"]
+    rows = [
+        [
+            *(method_name(one.method), f"{one.keep:g}", f"{one.images:,}"),
+            *(percent(one.top1, one.images), percent(one.top5, one.images), number(one.cosine, 4)),
+            *(percent(one.matching, one.images), number(one.multiply_adds / scale, 2)),
+        ]
+        for one in picked
+    ]
+    return table("All figures, by keep rate and method", head, rows, marked=starts)
+
+
+def speedups(evaluation: Evaluation) -> str:
+    """Measured speed-up by method, batch and keep rate."""
+    measured = {(one.method, one.batch, one.keep): one for one in evaluation.latency if one.method != UNPRUNED}
+    rates = sorted({keep for _, _, keep in measured}, reverse=True)
+    order = in_order({method for method, _, _ in measured})
+    rows, batches = [], []
+    for batch, method in sorted({(batch, order.index(method)) for method, batch, _ in measured}):
+        found = [measured.get((order[method], batch, rate)) for rate in rates]
+        cells = [NONE if one is None else f"{one.speedup:.2f}{TIMES}" for one in found]
+        rows.append([method_name(order[method]), f"{batch:,}", *cells])
+        batches.append(batch)
+    starts = [index for index in range(1, len(rows)) if batches[index] != batches[index - 1]]
+    caption = f"Measured speed-up over the unpruned model by batch and keep rate, on {evaluation.device}"
+    return table(caption, ["", "Batch", *(f"{rate:g}" for rate in rates)], rows, marked=starts)
+
+
+def latency(evaluation: Evaluation) -> str:
+    """Milliseconds a batch and speed-ups, measured and expected."""
+    order = in_order({one.method for one in evaluation.latency})
+    lines = sorted(evaluation.latency, key=lambda one: (one.batch, -one.keep, order.index(one.method)))
+    groups = [(one.batch, one.keep) for one in lines]
+    starts = [index for index in range(1, len(lines)) if groups[index] != groups[index - 1]]
+    head = [
+        "Method",
+        "Keep rate",
+        "Batch",
+        "ms a batch",
+        "Unpruned, ms",
+        "Images a second",
+        "Speed-up",
+        "By multiply-adds",
+    ]
+    rows = [
+        [
+            *(method_name(one.method), f"{one.keep:g}", f"{one.batch:,}"),
+            *(f"{1000 * one.seconds:.2f}", f"{1000 * one.unpruned_seconds:.2f}"),
+            f"{one.batch / one.seconds:,.0f}" if one.seconds > 0 else NONE,
+            *(f"{one.speedup:.2f}{TIMES}", NONE if one.predicted is None else f"{one.predicted:.2f}{TIMES}"),
+        ]
+        for one in lines
+    ]
+    return table(f"Latency on {evaluation.device}", head, rows, marked=starts)
+
+
+def retrieval(evaluation: Evaluation) -> str:
+    """Recall of captions by image and of images by caption."""
+    order = in_order({one.method for one in evaluation.retrieval})
+    lines = sorted(evaluation.retrieval, key=lambda one: (-one.keep, order.index(one.method)))
+    ways = [f"{way} at\N{NO-BREAK SPACE}{k}" for way in ("Image to text", "Text to image") for k in RECALLS]
+    rows = [
+        [
+            *(method_name(one.method), f"{one.keep:g}", f"{one.images:,}", f"{one.captions:,}"),
+            *(percent(recall, one.images) for recall in (*one.image_to_text, *one.text_to_image)),
+        ]
+        for one in lines
+    ]
+    head = ["Method", "Keep rate", "Images", "Captions", *ways]
+    starts = [index for index, one in enumerate(lines) if index and not same(one.keep, lines[index - 1].keep)]
+    return table("Retrieval, recall in percent", head, rows, marked=starts)
+
+
+def classes(evaluation: Evaluation, keep: float, leading: str) -> str | None:
+    """Top-1 accuracy by class at a keep rate, the classes first that lose most by the leading method.
+
+    Returns:
+        The first rows, the others folded; None where no class has an accuracy at this keep rate.
+    """
+    at: dict[int, dict[str, float]] = {}
+    about: dict[int, tuple[str, int]] = {}
+    for one in evaluation.classes:
+        if one.top1 is not None and (one.method == UNPRUNED or same(one.keep, keep)):
+            at.setdefault(one.label, {})[one.method] = one.top1
+            about[one.label] = one.name, one.images
+    methods = in_order({method for found in at.values() for method in found})
+    pruned = [method for method in methods if method != UNPRUNED]
+    if not pruned:
+        return None
+    leading = leading if leading in pruned else pruned[0]
+
+    def change(label: int) -> float | None:
+        found = at[label]
+        return found[leading] - found[UNPRUNED] if leading in found and UNPRUNED in found else None
+
+    def place(label: int) -> tuple[float, int]:
+        lost = change(label)
+        return (at[label].get(leading, 1.0) if lost is None else lost - 1, label)  # known losses before the others
+
+    rows = []
+    for label in sorted(at, key=place):
+        name, images = about[label]
+        lost = change(label)
+        signed = NONE if lost is None else f"{100 * lost:+.1f}".replace("-", MINUS).replace("+0.0", "0.0")
+        rows.append([name, f"{images:,}", signed, *(percent(at[label].get(method), images) for method in methods)])
+    head = ["Class", "Images", "Change", *(method_name(method) for method in methods)]
+    caption = f"Top-1 accuracy in percent by class at keep rate {keep:g}"
+    text = table(
+        f"{caption}, and its change by {method_name(leading).lower()}: largest losses first", head, rows[:_CLASSES]
+    )
+    if len(rows) > _CLASSES:
+        others = len(rows) - _CLASSES
+        text += folded(
+            f"The other {others} class{'es' * (others != 1)}", table(f"{caption}, the others", head, rows[_CLASSES:])
+        )
+    return text

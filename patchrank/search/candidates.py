@@ -1,0 +1,176 @@
+"""Candidates: what is left of an image when some tokens have gone, embedded in chunks that fit the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from patchrank.model.tower import Tower
+
+CACHE_BYTES = 4 << 20  # that the widest activation of a chunk may take on a CPU
+
+
+class Candidates:
+    """Embeds candidates of a batch of images.
+
+    Args:
+        tower: the image tower, cut where the tokens leave.
+        block: r, the side of the sliding blocks, in tokens.
+        chunk: candidates a forward pass, `default_chunk` where None; halved, for good, whenever memory runs out.
+    """
+
+    def __init__(self, tower: Tower, block: int = 1, chunk: int | None = None) -> None:
+        self.tower = tower
+        self.block = block
+        self.chunk = chunk or default_chunk(tower)
+        cover = block_cover(tower.grid, block)  # (P, N)
+        self.cover = cover.to(tower.device)
+        rest = (~cover).nonzero()[:, 1].view(len(cover), tower.num_tokens - block**2)
+        self.rest = rest.to(tower.device)  # (P, N - r * r), the ids off each block
+
+    def embed(
+        self,
+        tokens: Tensor,
+        image: Tensor,
+        kept: Tensor | None = None,
+        then: Callable[[Tensor, Tensor], Tensor] = lambda embeddings, image: embeddings,
+    ) -> Tensor:
+        """Embeddings of candidates, or what `then` makes of a chunk of them.
+
+        Args:
+            tokens: (B, 1 + N, D) from `Tower.prefix`.
+            image: (C,), the row of `tokens` of each candidate.
+            kept: (C, n) token ids, or None for whole images.
+            then: (c, E), (c,) -> (c, ...), for example scores; applied a chunk at a time, as class probabilities are
+                large.
+        """
+        parts, start = [], 0
+        while start < len(image):
+            rows = slice(start, start + self.chunk)
+            try:
+                embeddings = self.tower.suffix(tokens, None if kept is None else kept[rows], image[rows])
+                parts.append(then(embeddings, image[rows]))
+            except RuntimeError as error:
+                if not _out_of_memory(error) or self.chunk == 1:
+                    raise
+                self.chunk //= 2
+                continue
+            start += self.chunk
+        return torch.cat(parts)
+
+    def measure(
+        self,
+        tokens: Tensor,
+        alive: Tensor,
+        wanted: Tensor,
+        then: Callable[[Tensor, Tensor], Tensor],
+        shared: bool,
+    ) -> tuple[Tensor, int]:
+        """What candidates say of tokens: the mean over the blocks that cover a token, less what has already left.
+
+        Single tokens, and whatever is measured while all tokens are there, make shapes that are known beforehand, so
+        nothing waits for the device. Larger blocks lose tokens unevenly: they are sorted by length, which does wait.
+
+        Args:
+            tokens: (B, 1 + N, D).
+            alive: (B, A), ids of the tokens that have not left, ascending.
+            wanted: (B, M), ids of the tokens to measure, all alive.
+            then: (c, E), (c,) -> (c, q): what is measured of a candidate.
+            shared: whether a block's tokens share what was measured, or have it each.
+
+        Returns:
+            (B, M, q), and how many candidates that took.
+        """
+        batch, images = len(tokens), torch.arange(len(tokens), device=tokens.device)
+        if self.block > 1 and alive.shape[1] < self.tower.num_tokens:
+            return self._measure_uneven(tokens, alive, wanted, then, shared)
+        # (B, P, N - r * r) or (B, M, A - 1)
+        kept = self.rest.expand(batch, -1, -1) if self.block > 1 else without_each(alive, wanted)
+        count = batch * kept.shape[1]
+        values = self.embed(tokens, images.repeat_interleave(kept.shape[1]), kept.flatten(0, 1), then)  # (C, q)
+        values = values.unflatten(0, (batch, -1))  # (B, P or M, q)
+        if self.block > 1:
+            cover = self.cover.double()
+            values = ((cover / cover.sum(dim=0)).T @ values.double()).to(values.dtype)  # (B, N, q)
+            values = values / self.block**2 if shared else values
+            values = values.gather(1, _like(wanted, values))  # (B, M, q)
+        return values, count
+
+    def _measure_uneven(
+        self, tokens: Tensor, alive: Tensor, wanted: Tensor, then: Callable[[Tensor, Tensor], Tensor], shared: bool
+    ) -> tuple[Tensor, int]:
+        """`measure` for blocks some of whose tokens have left."""
+        there, needed = (
+            torch.zeros(len(tokens), self.tower.num_tokens, dtype=torch.bool, device=tokens.device).scatter_(
+                1, ids, True
+            )
+            for ids in (alive, wanted)
+        )  # both (B, N)
+        useful = (needed[:, None] & self.cover).any(dim=-1)  # (B, P)
+        image, block = useful.nonzero(as_tuple=True)  # both (C,)
+        stays = there[image] & ~self.cover[block]  # (C, N)
+        sizes = stays.sum(dim=1)  # (C,)
+        values = None
+        for size in sizes.unique().tolist():
+            same = (sizes == size).nonzero()[:, 0]  # (c,)
+            kept = stays[same].nonzero()[:, 1].view(len(same), size)  # (c, size), ascending token ids
+            found = self.embed(tokens, image[same], kept, then)  # (c, q)
+            found = found / (alive.shape[1] - size) if shared else found
+            values = found.new_empty(len(image), found.shape[1]) if values is None else values  # (C, q)
+            values[same] = found
+        assert values is not None  # some token is wanted, and some block covers it
+        by_block = values.new_zeros(*useful.shape, values.shape[1], dtype=torch.float64)  # (B, P, q)
+        by_block[image, block] = values.double()
+        covered = self.cover.double()
+        # Blocks off `useful` cover no wanted token; tokens that no useful block covers are not read.
+        total, count = covered.T @ by_block, useful.double() @ covered  # (B, N, q), (B, N)
+        mean = (total / count[..., None]).to(values.dtype)
+        return mean.gather(1, _like(wanted, mean)), len(image)
+
+
+def without_each(alive: Tensor, leaving: Tensor) -> Tensor:
+    """The tokens left when one more leaves: (B, A) ascending ids, (B, M) ids among them -> (B, M, A - 1)."""
+    place = (alive[:, None, :] < leaving[:, :, None]).sum(dim=-1)  # (B, M), of the leaving token among those alive
+    index = torch.arange(alive.shape[1] - 1, device=alive.device).expand(*place.shape, -1)  # (B, M, A - 1)
+    index = index + (index >= place[..., None])
+    return alive[:, None].expand(-1, place.shape[1], -1).gather(2, index)
+
+
+def without(alive: Tensor, leaving: Tensor) -> Tensor:
+    """The tokens left when several leave: (B, A) ascending ids, (B, k) ids among them -> (B, A - k)."""
+    goes = (alive[:, :, None] == leaving[:, None, :]).any(dim=-1)  # (B, A)
+    order = goes.to(torch.uint8).sort(dim=1, stable=True).indices  # those that stay first, in their order
+    return alive.gather(1, order[:, : alive.shape[1] - leaving.shape[1]])
+
+
+def default_chunk(tower: Tower) -> int:
+    """Candidates a forward pass: many on a GPU; on a CPU few enough that a block's activations stay in its cache."""
+    if tower.device.type != "cpu":
+        return 512
+    hidden = tower.visual.transformer.resblocks[0].mlp.c_fc.weight  # (hidden, D); its output is the widest activation
+    candidate = tower.num_tokens * hidden.shape[0] * hidden.element_size()  # bytes
+    return max(4, min(64, CACHE_BYTES // candidate))
+
+
+def block_cover(grid: tuple[int, int], block: int) -> Tensor:
+    """Which tokens each r x r block covers, sliding over the patch grid with stride 1.
+
+    Returns:
+        (P, N) bool, P = (rows - r + 1) * (columns - r + 1). Tokens at the border are covered by fewer blocks.
+    """
+    rows, columns = grid
+    token = torch.arange(rows * columns).view(rows, columns)
+    ids = token.unfold(0, block, 1).unfold(1, block, 1).flatten(2).flatten(0, 1)  # (P, r * r)
+    return torch.zeros(len(ids), rows * columns, dtype=torch.bool).scatter_(1, ids, True)
+
+
+def _like(ids: Tensor, values: Tensor) -> Tensor:
+    """(B, M) token ids as an index into (B, N, q) values."""
+    return ids[..., None].expand(-1, -1, values.shape[2])
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """CUDA has its own exception; the CPU's allocator raises a plain RuntimeError that only its text tells apart."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,189 @@
+"""How far a search is, told from its output folder alone: while it runs, and after it has ended in whatever way.
+
+    OUT/shards.txt    the shards of the last run, one a line
+    OUT/run.json      what its driver last said: replaced every few seconds, so one that is old is of a driver that died
+
+What is done, failed and rejected follows from the files of the shards themselves, never from these two.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from patchrank.errors import UserError
+from patchrank.store import rankings, storage
+from patchrank.store.corpus import file_name, parquet_files, read_search
+
+RUN_FILE, SHARDS_FILE = "run.json", "shards.txt"
+REPORT_SECONDS = 10.0  # between two reports of a driver
+SILENT_SECONDS = 90.0  # after which it is taken for dead: an object store may take its time
+
+
+@dataclass
+class Run:
+    """What a driver says of its run; times are seconds since 1970, counts are of this run alone.
+
+    Attributes:
+        title: what it is at: "search", or "prototypes" before it.
+        started: when it began.
+        updated: when it said this.
+        ended: whether it has ended, done or not.
+        actors: those that are up.
+        images, rejects, candidates: of the shards that are finished or in work.
+        images_per_second: of the last minutes; None before the first image.
+        seconds_left: how long the rest takes at this pace; None before the first shard is finished.
+        stages: seconds by stage, all actors together; see `patchrank.data.progress.Progress`.
+        running: images done so far by shard in work.
+    """
+
+    title: str
+    started: float
+    updated: float
+    ended: bool = False
+    actors: int = 0
+    images: int = 0
+    rejects: int = 0
+    candidates: int = 0
+    images_per_second: float | None = None
+    seconds_left: float | None = None
+    stages: dict[str, float] = field(default_factory=dict)
+    running: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a search stands.
+
+    Attributes:
+        folder: its URI, absolute.
+        state: "running"; "finished", every shard is done; "stopped" by its user or an error, or ended with failed
+            shards; "died" without a word; "unknown" where no run has said anything.
+        shards: of the last run; None where that is not known.
+        done: those of them that have their rankings.
+        running: images so far by shard that the driver has in work, or had when it fell silent.
+        failed: why, by shard.
+        images, rejects: rows in the folder.
+        reasons: of the rejects, how often each.
+        run: what the driver last said, if anything.
+    """
+
+    folder: str
+    state: str
+    shards: int | None
+    done: int
+    running: dict[str, int]
+    failed: dict[str, str]
+    images: int
+    rejects: int
+    reasons: dict[str, int]
+    run: Run | None
+
+    @property
+    def waiting(self) -> int | None:
+        """Shards that are neither done nor failed nor running."""
+        return None if self.shards is None else self.shards - self.done - len(self.failed) - len(self.running)
+
+    @property
+    def ends(self) -> float | None:
+        """When a running search will be through, in seconds since 1970; None where that cannot be told."""
+        if self.state != "running" or self.run is None or self.run.seconds_left is None:
+            return None
+        return self.run.updated + self.run.seconds_left
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        return asdict(self) | {"waiting": self.waiting, "ends": self.ends}
+
+
+def write_shards(folder: str, shards: Sequence[str]) -> None:
+    """Note which shards a run is about. Raises OSError where that cannot be written."""
+    text = "".join(f"{storage.absolute(shard)}\n" for shard in shards)
+    storage.write_atomic(storage.join(folder, SHARDS_FILE), text.encode())
+
+
+def write_run(folder: str, run: Run) -> None:
+    """Replace what was said of the run. Raises OSError where that cannot be written.
+
+    Does not bring back a folder that has been removed.
+    """
+    if storage.exists(storage.join(folder, "search.json")):
+        storage.write_atomic(storage.join(folder, RUN_FILE), json.dumps(asdict(run), indent=1).encode() + b"\n")
+
+
+def read(folder: str, now: float | None = None) -> Status:
+    """Where the search of a folder stands.
+
+    Args:
+        folder: a path, s3:// or gs://.
+        now: in seconds since 1970.
+
+    Raises:
+        UserError: no such folder, or not one of a search.
+    """
+    folder = storage.absolute(folder)
+    now = time.time() if now is None else now
+    try:
+        if read_search(folder) is None:
+            raise UserError(f"{folder}: holds no search.json, so no search has begun there")
+        run = _run(folder)
+        shards = _shards(folder)
+        files = parquet_files(folder)
+        names = {file_name(shard): shard for shard in shards}
+        # A record that is damaged gives the name of its file for that of its shard.
+        failed = {names.get(f"{one['shard']}.parquet", one["shard"]): one["error"] for one in rankings.failures(folder)}
+        corpus = rankings.open(folder) if files else None
+        images = len(corpus) if corpus else 0
+        reasons = Counter(corpus.rejects()["reason"].to_pylist() if corpus else [])
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({storage.one_line(error)})") from None
+    finished = set(files) - {file_name(shard) for shard in failed}  # a failed shard may have a part of its rows
+    running = {} if run is None or run.ended else run.running
+    if shards:
+        finished &= set(names)
+        running = {shard: count for shard, count in running.items() if file_name(shard) in names}
+        failed = {shard: error for shard, error in failed.items() if file_name(shard) in names}
+    running = {shard: count for shard, count in running.items() if file_name(shard) not in finished}
+    failed = {shard: error for shard, error in failed.items() if shard not in running}  # it is being tried again
+    return Status(
+        folder=folder,
+        state=_state(run, len(shards), len(finished), now),
+        shards=len(shards) or None,
+        done=len(finished),
+        running=running,
+        failed=failed,
+        images=images,
+        rejects=reasons.total(),
+        reasons=dict(reasons.most_common()),
+        run=run,
+    )
+
+
+def _state(run: Run | None, shards: int, done: int, now: float) -> str:
+    if shards and done == shards:
+        return "finished"
+    if run is None:
+        return "unknown"
+    if run.ended:
+        return "stopped"
+    return "running" if now - run.updated < SILENT_SECONDS else "died"
+
+
+def _run(folder: str) -> Run | None:
+    try:
+        return Run(**json.loads(storage.read_bytes(storage.join(folder, RUN_FILE))))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):  # it tells nothing that cannot do without
+        return None
+
+
+def _shards(folder: str) -> list[str]:
+    try:
+        return storage.read_bytes(storage.join(folder, SHARDS_FILE)).decode().splitlines()
+    except FileNotFoundError:
+        return []

@@ -1,0 +1,347 @@
+"""The two trainings: the predictor learns golden rankings, the learnable tokens make up for what pruning takes away."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from patchrank.data import pairs
+from patchrank.data.features import Features
+from patchrank.data.pairs import PairBatch, Pairs, Partners
+from patchrank.errors import UserError
+from patchrank.model import classes, loading
+from patchrank.model.classes import CLASSES_FILE, Classes, classes_of
+from patchrank.model.loading import Model
+from patchrank.model.tower import Tower
+from patchrank.pruning import predictor, prompts
+from patchrank.pruning.baselines import predicted
+from patchrank.pruning.comparison import UNPRUNED, Comparison, Method
+from patchrank.pruning.predictor import LOSSES, TARGETS, Predictor, PredictorConfig
+from patchrank.pruning.prompts import PromptedText, TokensConfig, VisualTokens
+from patchrank.store import rankings, storage
+from patchrank.tokens import count_kept, kendall_tau, select
+from patchrank.training.folder import Figures
+
+EVALUATION_BATCH = 64
+
+
+@dataclass
+class RankedImages:
+    """What both trainings work on: golden rankings, the images they are of, and the model that they were made with.
+
+    Attributes:
+        tower: in float32 on the CPU, until `start`.
+        model: for the record of what is trained: the digest of the image tower, its cut and how it was named.
+        classes: (K, E) class embeddings of the search, or None.
+        test: shards without rankings whose images are measured, too.
+        measured: at most so many held-out images, and as many of the test shards together.
+        features: folder where tokens before the cut are kept, or None.
+    """
+
+    tower: Tower
+    model: dict[str, Any]
+    logit_scale: float
+    pairs: Pairs
+    classes: Tensor | None
+    dtype: str
+    test: Sequence[str]
+    measured: int
+    features: str | None
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the result."""
+        shards = hashlib.sha256("\n".join(self.pairs.shards).encode()).hexdigest()[:16]
+        return {
+            "search": self.search,
+            "shards": f"{len(self.pairs.shards)}: {shards}",
+            "images": list(self.pairs.rows),
+            "held_out": self.pairs.share,
+            "dtype": self.dtype,
+            "test": list(self.test),
+            "measured": self.measured,
+        }
+
+    @property
+    def search(self) -> str:
+        """Fingerprint of the search."""
+        return rankings.fingerprint(self.pairs.corpus.settings)
+
+    def start(self, device: torch.device) -> None:
+        """Bring the tower to its device and dtype."""
+        dtype = loading.resolve_dtype(self.dtype, gpu=device.type == "cuda")
+        self.tower = Tower(self.tower.visual, self.tower.cut, dtype, device)
+        self.classes = None if self.classes is None else self.classes.to(device)
+        self.pairs.threads = max(self.pairs.threads, torch.get_num_threads())
+        if self.features:
+            limit = self.pairs.corpus.settings.get("limit")
+            self.pairs.features = Features(
+                self.features, self.tower, self.model["weights"], self.pairs.preprocess, limit
+            )
+
+    def tokens(self, batch: PairBatch) -> Tensor:
+        """(B, 1 + N, D) before the cut, of a batch to train on."""
+        with torch.no_grad():
+            return self.tower.prefix(batch.pixels) if batch.tokens is None else batch.tokens.to(self.tower.device)
+
+    def parts(self, rank: int, world: int) -> Iterator[tuple[str, Iterator[PairBatch]]]:
+        """What is measured, by name, and the rank's part of it."""
+        held_out = self.pairs.held_out(EVALUATION_BATCH, rank, world, self.measured)
+        yield "held-out", held_out
+        if self.test:
+            preprocess = self.pairs.preprocess
+            test = pairs.unranked(self.test, preprocess, EVALUATION_BATCH, self.measured, rank=rank, world=world)
+            yield "test", test
+
+    def record(self, before: Figures, after: Figures, reports: Sequence[dict[str, Partners]]) -> dict[str, Any]:
+        """What both trainings keep beside the weights."""
+        found = {shard: partners for report in reports for shard, partners in report.items()}
+        undecodable = {(shard, key) for report in reports for shard in report for key in report[shard].undecodable}
+        samples = {
+            name: sum(getattr(partners, name) for partners in found.values())
+            for name in ("joined", "without_ranking", "without_image")
+        }
+        return {
+            "model": self.model,
+            "search": self.search,
+            "figures": {"before": dict(before), "after": dict(after)},
+            "samples": samples | {"undecodable": len(undecodable)},
+            "errors": {shard: partners.error for shard, partners in sorted(found.items()) if partners.error},
+        }
+
+
+def open_images(
+    folder: str,
+    shards: Sequence[str] | None = None,
+    model: str | None = None,
+    pretrained: str | None = None,
+    dtype: str = "auto",
+    held_out: float = 0.1,
+    seed: int = 0,
+    test: Sequence[str] = (),
+    measured: int = 1000,
+    features: str | None = None,
+) -> tuple[RankedImages, Model]:
+    """Open rankings and the model that they were made with.
+
+    Args:
+        folder: of the rankings.
+        shards: URIs; all that the rankings name where None.
+        model, pretrained: as for `patchrank.model.loading.load`; as the search named them where None.
+
+    Raises:
+        UserError: whatever does not fit together.
+    """
+    corpus = rankings.open(folder)
+    about = corpus.settings.get("about", {})
+    if model is None and about.get("model") is None:
+        raise UserError(f"{folder}: does not tell its model's name; give --model")
+    if model is None:
+        model, pretrained = about["model"], about.get("pretrained")
+    loaded = loading.load(model, pretrained)
+    tower = Tower(loaded.visual, corpus.settings["model"]["cut"], name=model)
+    pairs.check(corpus, tower, loaded.weights)
+    loading.resolve_dtype(dtype, gpu=False)  # refuses other names
+    _, known = classes_of(corpus)
+    embeddings = None if known is None else known.embeddings
+    record = {"name": model, "pretrained": pretrained, "weights": loaded.weights, "cut": tower.cut}
+    joined = Pairs(corpus, loaded.preprocess(), shards, held_out, seed)
+    images = RankedImages(tower, record, loaded.logit_scale, joined, embeddings, dtype, list(test), measured, features)
+    return images, loaded
+
+
+def _figures(part: str, comparison: Comparison, suffix: dict[str, str]) -> dict[str, float]:
+    """Figures by name: those of a comparison at one keep rate; `suffix` ends the names, by method."""
+    figures: dict[str, float] = {}
+    for row in comparison.rows():
+        names = {"top-1": row.top1, "cosine": None if row.method == UNPRUNED else row.cosine}
+        figures |= {f"{part}/{name} {suffix[row.method]}": value for name, value in names.items() if value is not None}
+    return figures
+
+
+@dataclass
+class PredictorTask:
+    """The predictor learns golden rankings."""
+
+    images: RankedImages
+    config: PredictorConfig
+    loss_name: str
+    target: str
+    keep: float  # at which it is judged
+    name: str = "predictor"
+
+    def __post_init__(self) -> None:
+        if self.loss_name not in LOSSES:
+            raise UserError(f"--loss {self.loss_name}: must be one of {', '.join(LOSSES)}")
+        if self.target not in TARGETS:
+            raise UserError(f"--target {self.target}: must be one of {', '.join(TARGETS)}")
+        self.count = count_kept(self.config.num_tokens, self.keep)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            **self.images.settings(),
+            "predictor": asdict(self.config),
+            "loss": self.loss_name,
+            "target": self.target,
+            "keep": self.keep,
+        }
+
+    def steps_per_epoch(self, global_batch: int) -> int:
+        return self.images.pairs.steps_per_epoch(global_batch)
+
+    def start(self, device: torch.device) -> nn.Module:
+        self.images.start(device)
+        return Predictor(self.config)
+
+    def batches(self, rank: int, world: int, size: int, accumulation: int, start: int) -> Iterator[PairBatch]:
+        return self.images.pairs.batches(rank, world, size, accumulation, start)
+
+    def loss(self, module: nn.Module, batch: PairBatch) -> Tensor:
+        assert batch.ranking is not None and batch.score is not None
+        prediction = module(self.images.tokens(batch))  # (B, N)
+        target = predictor.targets(batch.ranking, batch.score, self.target).to(prediction.device)
+        return LOSSES[self.loss_name](prediction, target)
+
+    def evaluate(self, module: nn.Module, rank: int, world: int, add: Callable[[Tensor], Tensor]) -> Figures:
+        figures: dict[str, float] = {}
+        for part, batches in self.images.parts(rank, world):
+            taus = torch.zeros(2, dtype=torch.float64)  # sum and count
+
+            def usefulness(tokens: Tensor, batch: PairBatch, taus: Tensor = taus) -> Tensor:
+                scores = module(tokens)
+                if batch.ranking is not None:
+                    tau = kendall_tau(scores, batch.ranking.to(scores.device))  # (B,)
+                    taus += torch.tensor([tau.double().sum().item(), len(tau)])
+                return scores
+
+            methods = {self.name: Method(usefulness)}
+            comparison = Comparison(self.images.tower, methods, [self.keep], self.images.classes)
+            for batch in batches:
+                comparison.add(batch)
+            comparison.sums, (tau, count) = add(comparison.sums), add(taus).tolist()
+            if count:
+                matching = comparison.rows()[-1].matching
+                figures |= {
+                    f"{part}/matching rate at {self.count}": matching or 0.0,
+                    f"{part}/Kendall tau": tau / count,
+                }
+            figures |= _figures(part, comparison, {UNPRUNED: "unpruned", self.name: f"at keep {self.keep:g}"})
+        return figures
+
+    def report(self) -> dict[str, Partners]:
+        return self.images.pairs.partners
+
+    def save(
+        self, module: nn.Module, folder: str, before: Figures, after: Figures, reports: Sequence[dict[str, Partners]]
+    ) -> None:
+        assert isinstance(module, Predictor)
+        settings = {"loss": self.loss_name, "target": self.target, "keep": self.keep}
+        predictor.save(folder, module, {**self.images.record(before, after, reports), **settings})
+
+
+@dataclass
+class TokensTask:
+    """Learnable tokens, trained with pruning on: cross-entropy over the class embeddings."""
+
+    images: RankedImages
+    config: TokensConfig
+    predictor: Predictor
+    keep: float
+    prompted: PromptedText | None = None  # where there are learnable text tokens
+    name: str = "tokens"
+
+    def __post_init__(self) -> None:
+        self.count = count_kept(self.images.tower.num_tokens, self.keep)
+        corpus = self.images.pairs.corpus
+        if self.images.classes is None:
+            raise UserError(f"{corpus.folder}: has no class embeddings to train for; search with --classes")
+        if not any(label >= 0 for label in corpus.tensors(["label"], self.images.pairs.shards[0])["label"].tolist()):
+            raise UserError(f"{self.images.pairs.shards[0]}: its images have no labels to train with")
+        if self.images.features and self.config.place == "input":
+            raise UserError(
+                "--cache-features: goes with --place cut alone, where the tokens before the cut stay the same"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            **self.images.settings(),
+            "tokens": asdict(self.config),
+            "predictor": loading.digest(self.predictor.state_dict()),
+            "keep": self.keep,
+        }
+
+    def steps_per_epoch(self, global_batch: int) -> int:
+        return self.images.pairs.steps_per_epoch(global_batch)
+
+    def start(self, device: torch.device) -> nn.Module:
+        self.images.start(device)
+        self.predictor.to(device)
+        if self.prompted is not None:
+            self.prompted.to(device)
+        return VisualTokens(self.config)
+
+    def batches(self, rank: int, world: int, size: int, accumulation: int, start: int) -> Iterator[PairBatch]:
+        return self.images.pairs.batches(rank, world, size, accumulation, start)
+
+    def loss(self, module: nn.Module, batch: PairBatch) -> Tensor:
+        assert isinstance(module, VisualTokens)
+        tower = self.images.tower
+        if self.config.place == "input":
+            tokens = module.prefix(tower, batch.pixels)  # (B, 1 + N + b, D)
+        else:
+            tokens = module.append(self.images.tokens(batch))
+        with torch.no_grad():
+            kept = select(self.predictor(tokens), self.count)
+        embeddings = F.normalize(tower.suffix(tokens, kept), dim=-1)  # (B, E)
+        logits = self.images.logit_scale * embeddings @ self._classes(module).T  # (B, K)
+        labels = batch.labels.to(logits.device)
+        total = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+        return total / (labels >= 0).sum().clamp(min=1)
+
+    def evaluate(self, module: nn.Module, rank: int, world: int, add: Callable[[Tensor], Tensor]) -> Figures:
+        assert isinstance(module, VisualTokens)
+        figures: dict[str, float] = {}
+        for part, batches in self.images.parts(rank, world):
+            usefulness = predicted(self.predictor)
+            methods = {"pruned": Method(usefulness), self.name: Method(usefulness, module, self._classes(module))}
+            comparison = Comparison(self.images.tower, methods, [self.keep], self.images.classes)
+            for batch in batches:
+                comparison.add(batch)
+            comparison.sums = add(comparison.sums)
+            pruned = f"at keep {self.keep:g}"
+            names = {UNPRUNED: "unpruned", "pruned": f"{pruned} without tokens", self.name: f"{pruned} with tokens"}
+            figures |= _figures(part, comparison, names)
+        return figures
+
+    def _classes(self, module: VisualTokens) -> Tensor:
+        """(K, E), normalised."""
+        if self.prompted is not None and module.text is not None:
+            return self.prompted(module.text)
+        assert self.images.classes is not None
+        return self.images.classes
+
+    def report(self) -> dict[str, Partners]:
+        return self.images.pairs.partners
+
+    def save(
+        self, module: nn.Module, folder: str, before: Figures, after: Figures, reports: Sequence[dict[str, Partners]]
+    ) -> None:
+        assert isinstance(module, VisualTokens)
+        names = self.images.pairs.corpus.class_names
+        record = {
+            **self.images.record(before, after, reports),
+            "keep": self.keep,
+            "class_names": names,
+            "classes": None,
+        }
+        if self.prompted is not None:  # the class embeddings that these text tokens make
+            embeddings = self._classes(module).detach().cpu()
+            digest = hashlib.sha256(embeddings.numpy().tobytes()).hexdigest()[:16]
+            record["classes"] = f"text tokens {digest}"
+            classes.save(storage.join(folder, CLASSES_FILE), Classes(embeddings, record["classes"], names))
+        prompts.save(folder, module, record)

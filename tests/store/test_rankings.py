@@ -1,0 +1,402 @@
+"""Rankings are written whole, read back as they were, and never mixed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from made_up import CLASSES, KEEP_RATES, Images, images, settings
+
+from patchrank.data.shards import Reject
+from patchrank.errors import UserError
+from patchrank.store import rankings
+
+pytest_plugins = ["s3"]
+
+
+def written(folder: Path) -> list[str]:
+    """All files below a folder, hidden ones too."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def save(folder: str | Path, found: Images, rejects: tuple[Reject, ...] = (), **changes) -> None:
+    fingerprint = rankings.prepare(str(folder), settings(**changes))
+    rankings.write(str(folder), found.shard, found.table(), rejects, fingerprint)
+
+
+def expected(found: Images) -> list[dict]:
+    """The rows of a table, from the arrays it was made of."""
+    arrays = {name: None if array is None else np.asarray(array) for name, array in found.arrays.items()}
+
+    def pick(name, *index):
+        return None if arrays[name] is None else arrays[name][index].tolist()
+
+    return [
+        {
+            "key": key,
+            "shard": found.shard,
+            "label": label,
+            **{name: pick(name, row) for name in ("ranking", "score", "step", "prediction", "confidence")},
+            "pruned": [
+                {
+                    "keep": keep,
+                    **{part: pick(f"pruned_{part}", row, rate) for part in ("prediction", "confidence", "cosine")},
+                }
+                for rate, keep in enumerate(found.arrays["keep_rates"])
+            ],
+        }
+        for row, (key, label) in enumerate(zip(found.keys, found.labels, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("class_embeddings", [True, False])
+def test_a_file_holds_what_was_found(tmp_path, class_embeddings):
+    found = images("/data/train-000.tar", 30, class_embeddings=class_embeddings)
+    found.labels[3] = None
+    save(tmp_path, found)
+    path = tmp_path / rankings.file_name(found.shard)
+
+    assert pq.read_table(path).to_pylist() == expected(found)
+    assert pq.read_schema(path).remove_metadata() == rankings.schema(20)
+    select = duckdb.connect().execute("SELECT * FROM read_parquet(?)", [str(path)])
+    names = [column[0] for column in select.description]
+    assert [dict(zip(names, row, strict=True)) for row in select.fetchall()] == expected(found)
+
+
+def test_duckdb_takes_the_lists_apart(tmp_path):
+    found = images("/data/train-000.tar", 30)
+    save(tmp_path, found)
+    path = str(tmp_path / rankings.file_name(found.shard))
+    rows = duckdb.connect().execute(
+        "SELECT key, unnest(ranking), generate_subscripts(ranking, 1) FROM read_parquet(?)", [path]
+    )
+    ranking = np.zeros((30, 20), int)
+    for key, token, position in rows.fetchall():
+        ranking[int(key), position - 1] = token
+    assert (ranking == found.arrays["ranking"]).all()
+    cosine = duckdb.connect().execute(
+        "SELECT p.keep, avg(p.cosine) FROM (SELECT unnest(pruned) AS p FROM read_parquet(?)) GROUP BY ALL ORDER BY 1",
+        [path],
+    )
+    assert cosine.fetchall() == [
+        (keep, pytest.approx(found.arrays["pruned_cosine"][:, KEEP_RATES.index(keep)].astype(float).mean()))
+        for keep in sorted(KEEP_RATES)
+    ]
+
+
+def test_an_empty_shard_has_an_empty_file(tmp_path):
+    save(tmp_path, images("/data/empty.tar", 0))
+    save(tmp_path, images("/data/full.tar", 3))
+    corpus = rankings.open(str(tmp_path))
+    assert len(corpus) == 3
+    assert corpus.shard("/data/empty.tar").num_rows == 0
+    assert corpus.tensors(["ranking", "label"], "/data/empty.tar")["ranking"].shape == (0, 20)
+
+
+def test_no_keep_rates(tmp_path):
+    save(tmp_path, images("/data/a.tar", 3, keep_rates=()))
+    assert rankings.open(str(tmp_path)).dataset.to_table(["pruned"])["pruned"].to_pylist() == [[], [], []]
+
+
+@pytest.mark.parametrize("count", [1000, 250])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_at_most_1536_bytes_an_image(tmp_path, count, probabilities):
+    found = images("s3://bucket/train-000000.tar", count, 196, (0.9, 0.8, 0.7, 0.6, 0.5), num_classes=1000)
+    if probabilities:  # of the label and confidence scores: floats with random exponents too
+        found.arrays["score"] = np.random.default_rng(1).random((count, 196), np.float32) ** 4
+    fingerprint = rankings.prepare(str(tmp_path), settings(grid=[14, 14]))
+    size = rankings.write(str(tmp_path), found.shard, found.table(), [], fingerprint)
+    assert size == (tmp_path / rankings.file_name(found.shard)).stat().st_size
+    assert 196 * count < size <= 1536 * count
+
+
+def test_the_same_rows_give_the_same_bytes(tmp_path):
+    found = images("/data/train-000.tar", 4000, 196)
+    rankings.write(str(tmp_path / "a"), found.shard, found.table(), [], "f")
+    whole = found.table()
+    batches = pa.concat_tables([whole.slice(0, 0), *(whole.slice(start, 64) for start in range(0, 4000, 64))])
+    rankings.write(str(tmp_path / "b"), found.shard, batches, [], "f")
+    name = rankings.file_name(found.shard)
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ranking": np.zeros((2, 20), int)}, "000000 of /d/a.tar: ranking is not a permutation"),
+        ({"ranking": np.tile(np.arange(1, 21), (2, 1))}, "ranking is not a permutation"),
+        ({"ranking": np.arange(20)}, "ranking of /d/a.tar: has shape"),
+        ({"score": np.ones((2, 19), np.float32)}, "score of /d/a.tar: has shape"),
+        ({"score": np.array([[1.0] * 20, [np.nan] * 20])}, "000001 of /d/a.tar: score is not finite"),
+        ({"step": np.full((2, 20), -1)}, "-1"),
+        ({"pruned_cosine": np.ones((2, 2), np.float32)}, "pruned_cosine of /d/a.tar: has shape"),
+        ({"prediction": np.array([0, 2**40])}, "1099511627776"),
+    ],
+)
+def test_a_wrong_ranking_is_not_written(change, message):
+    found = images("/d/a.tar", 2)
+    found.arrays |= change
+    with pytest.raises(ValueError, match=message):
+        found.table()
+
+
+def test_file_names_follow_from_the_uri(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert rankings.file_name("train-000.tar") == rankings.file_name(f"file://{tmp_path}/train-000.tar")
+    assert rankings.file_name("s3://a/train-000.tar").startswith("train-000-")
+    assert rankings.file_name("s3://a/train-000.tar.gz").startswith("train-000-")
+    assert rankings.file_name("s3://a/b.tar?region=x") == rankings.file_name("s3://a/b.tar")
+    uris = ["s3://a/train.tar", "s3://b/train.tar", "gs://a/train.tar", "/a/train.tar", "/a/train.tgz", "/b/train.tar"]
+    assert len({rankings.file_name(uri) for uri in uris}) == len(uris)
+    odd = rankings.file_name("/data/[x]* 'é?'.tar")
+    assert odd.endswith(".parquet") and not set(odd) & set("[]*? '")
+    assert len(rankings.file_name("/data/" + "x" * 250 + ".tar")) < 200
+
+
+@contextlib.contextmanager
+def small_disk():
+    """No file may grow beyond 20 kB: the rejects fit, the rankings of 1,000 images do not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        yield
+    finally:  # before pytest writes, whose output may go to a file, too
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_fills_up_leaves_no_part_of_a_file(tmp_path):
+    few, many = images("/data/a.tar", 5), images("/data/a.tar", 1000)
+    name = rankings.file_name("/data/a.tar")
+    rankings.write(str(tmp_path / "earlier"), few.shard, few.table(), [], "f")
+    before = (tmp_path / "earlier" / name).read_bytes()
+    for folder in ("new", "earlier"):
+        with small_disk(), pytest.raises(OSError, match="File too large"):
+            rankings.write(str(tmp_path / folder), many.shard, many.table(), [Reject("k", "no image")], "f")
+    assert written(tmp_path / "new") == [f"rejects/{name}"]
+    assert written(tmp_path / "earlier") == sorted([name, f"rejects/{name}"])
+    assert (tmp_path / "earlier" / name).read_bytes() == before
+
+
+def test_rejects(tmp_path):
+    found, other = images("/data/a.tar", 3), images("/data/b.tar", 2)
+    save(tmp_path, found, (Reject("x", "no image"), Reject("y", "cannot be read: \N{SNOWMAN}")))
+    save(tmp_path, other, (Reject("x", "no image"),))
+    corpus = rankings.open(str(tmp_path))
+    assert corpus.rejects().to_pylist() == [
+        {"key": "x", "shard": "/data/a.tar", "reason": "no image"},
+        {"key": "y", "shard": "/data/a.tar", "reason": "cannot be read: \N{SNOWMAN}"},
+        {"key": "x", "shard": "/data/b.tar", "reason": "no image"},
+    ]
+    save(tmp_path, found)  # a later try that could read all
+    save(tmp_path, other)
+    assert written(tmp_path / "rejects") == []
+    assert corpus.rejects().to_pylist() == []
+    assert len(corpus) == 5
+
+
+def test_the_same_search_goes_on_in_its_folder(tmp_path):
+    folder = str(tmp_path / "out")
+    first = rankings.prepare(folder, settings())
+    before = (tmp_path / "out" / "search.json").read_bytes()
+    assert len(first) == 16
+    assert rankings.prepare(folder, settings(about={"patchrank": "9"}, grid=(4, 5))) == first
+    assert (tmp_path / "out" / "search.json").read_bytes() == before
+    assert rankings.prepare(str(tmp_path / "other"), settings(limit=3)) != first
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"limit": 7}, "limit: null there, 7 now"),
+        ({"search": {"score": "preservation", "block": 2, "remove_per_step": 4}}, "search.block: 1 there, 2 now"),
+        ({"classes": None, "limit": 1}, 'classes: "4567" there, null now, limit: null there, 1 now'),
+        ({"classes": None, "limit": 1, "grid": [1, 20], "keep_rates": []}, ", and 2 more"),
+        ({"search": {"score": "preservation"}}, "search.block: 1 there, not set now"),
+        ({"new": True}, "new: not set there, true now"),
+    ],
+)
+def test_another_search_is_refused(tmp_path, changes, message):
+    rankings.prepare(str(tmp_path), settings())
+    with pytest.raises(UserError) as error:
+        rankings.prepare(str(tmp_path), settings(**changes))
+    assert message in str(error.value)
+    assert str(tmp_path) in str(error.value) and "--out" in str(error.value)
+    assert str(error.value).count(" there") <= 2
+    assert json.loads((tmp_path / "search.json").read_bytes())["settings"] == settings()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": "1"}', b'{"format": 1, "settings": 3}', b"\xff"])
+def test_a_damaged_search_json_is_refused(tmp_path, content):
+    (tmp_path / "search.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"search\.json: damaged"):
+        rankings.prepare(str(tmp_path), settings())
+    with pytest.raises(UserError, match=r"search\.json: damaged"):
+        rankings.open(str(tmp_path))
+
+
+def test_an_edited_search_json_is_refused(tmp_path):
+    rankings.prepare(str(tmp_path), settings())
+    path = tmp_path / "search.json"
+    path.write_text(path.read_text().replace('"block": 1', '"block": 2'))
+    with pytest.raises(UserError, match="was edited"):
+        rankings.prepare(str(tmp_path), settings())
+
+
+def test_a_folder_of_another_version_is_refused(tmp_path):
+    rankings.prepare(str(tmp_path), settings())
+    path = tmp_path / "search.json"
+    path.write_text(path.read_text().replace('"format": "1"', '"format": "99"'))
+    with pytest.raises(UserError, match="has format 99"):
+        rankings.open(str(tmp_path))
+
+
+def test_folders_that_cannot_be_used(tmp_path):
+    (tmp_path / "loose").mkdir()
+    (tmp_path / "loose" / "x.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"loose: holds Parquet files, but no search\.json"):
+        rankings.prepare(str(tmp_path / "loose"), settings())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file: cannot be used"):
+        rankings.prepare(str(tmp_path / "file"), settings())
+
+
+def test_leftovers_of_killed_runs_are_removed(tmp_path):
+    found = images("/data/a.tar", 3)
+    save(tmp_path, found, (Reject("x", "no image"),))
+    rankings.record_failure(str(tmp_path), found.shard, "cut short")
+    keep = written(tmp_path)
+    for place in ("", "rejects", "failed"):
+        (tmp_path / place / ".a-1234.parquet.xyz.tmp").write_bytes(b"half")
+    rankings.prepare(str(tmp_path), settings())
+    assert written(tmp_path) == keep
+
+
+def test_finished_shards_are_listed_and_not_opened(tmp_path):
+    folder, shards = str(tmp_path), [f"s3://bucket/{split}/{number}.tar" for split in "ab" for number in range(500)]
+    assert rankings.finished(folder, shards) == set()
+    assert rankings.finished(str(tmp_path / "nowhere"), shards) == set()
+    for shard in shards[:700]:
+        (tmp_path / rankings.file_name(shard)).write_bytes(b"no Parquet file")
+    (tmp_path / rankings.file_name(shards[800])).touch()
+    (tmp_path / f".{rankings.file_name(shards[801])}.x.tmp").write_bytes(b"half")
+    for shard in shards[:3]:
+        rankings.record_failure(folder, shard, "cut short")
+    assert rankings.finished(folder, shards) == set(shards[3:700])
+    rankings.clear_failure(folder, shards[0])
+    rankings.clear_failure(folder, shards[0])
+    assert rankings.finished(folder, shards[:5]) == {shards[0], shards[3], shards[4]}
+    assert rankings.failures(folder) == [{"shard": shard, "error": "cut short"} for shard in shards[1:3]]
+
+
+def test_a_damaged_failure_record_still_tells_of_a_failure(tmp_path):
+    rankings.record_failure(str(tmp_path), "/data/a.tar", "cut short")
+    (tmp_path / "failed" / "b-01234567.json").touch()
+    (tmp_path / "failed" / "c-01234567.json").write_text('{"shard": 1}')
+    first, second, third = rankings.failures(str(tmp_path))
+    assert first == {"shard": "/data/a.tar", "error": "cut short"}
+    for record, name in ((second, "b-01234567"), (third, "c-01234567")):
+        assert record["shard"] == name and f"failed/{name}.json is damaged" in record["error"]
+
+
+def test_open_says_what_is_missing(tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        rankings.open(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"holds no search\.json"):
+        rankings.open(str(tmp_path))
+    rankings.prepare(str(tmp_path), settings())
+    with pytest.raises(UserError, match="holds no rankings yet"):
+        rankings.open(str(tmp_path))
+    save(tmp_path, images("/data/a.tar", 3))
+    with pytest.raises(UserError, match=r"holds no rankings of /data/b\.tar"):
+        rankings.open(str(tmp_path)).shard("/data/b.tar")
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def exchange(path: Path) -> None:
+    other = images("/data/b.tar", 3, seed=1)
+    rankings.write(str(path.parent), other.shard, other.table(), [], "0" * 16)
+
+
+def replace(path: Path) -> None:
+    pq.write_table(pa.table({"key": ["x"]}), path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [(damage, "damaged"), (exchange, "fingerprint 000000"), (replace, "another search")]
+)
+@pytest.mark.parametrize("shards", ["ab", "b"])
+def test_a_file_that_does_not_belong_here_is_named(tmp_path, change, message, shards):
+    for shard in shards:
+        save(tmp_path, images(f"/data/{shard}.tar", 3))
+    name = rankings.file_name("/data/b.tar")
+    change(tmp_path / name)
+    corpus = rankings.open(str(tmp_path))
+    for read in (lambda: corpus.dataset, lambda: corpus.shard("/data/b.tar"), corpus.tensors, lambda: len(corpus)):
+        with pytest.raises(UserError) as error:
+            read()
+        assert message in str(error.value) and f"{tmp_path}/{name}: " in str(error.value)
+
+
+def test_tensors(tmp_path):
+    found, other = images("/data/a.tar", 4), images("/data/b.tar", 3, seed=1)
+    found.labels[1] = None
+    for part in (found, other):
+        save(tmp_path, part)
+    corpus = rankings.open(str(tmp_path))
+    assert (len(corpus), corpus.num_tokens, corpus.grid) == (7, 20, (4, 5))
+    assert (corpus.keep_rates, corpus.class_names, corpus.settings) == (KEEP_RATES, CLASSES, settings())
+
+    names = ("ranking", "score", "step", "label", "prediction", "confidence")
+    tensors = corpus.tensors(names, "/data/a.tar")
+    assert set(tensors) == {*names, "key"}
+    assert tensors["key"] == found.keys
+    assert tensors["label"].tolist() == [-1 if label is None else label for label in found.labels]
+    for name in ("ranking", "score", "step", "prediction", "confidence"):
+        expect = torch.float32 if name in ("score", "confidence") else torch.int64
+        assert tensors[name].dtype == expect
+        assert np.array_equal(tensors[name].numpy(), found.arrays[name])
+
+    parts = sorted((found, other), key=lambda part: rankings.file_name(part.shard))
+    whole = corpus.tensors()
+    assert set(whole) == {"ranking", "score", "key"}
+    assert np.array_equal(whole["ranking"].numpy(), np.concatenate([part.arrays["ranking"] for part in parts]))
+    with pytest.raises(ValueError, match="pruned: no tensor"):
+        corpus.tensors(["pruned"])
+
+
+def test_tensors_without_class_embeddings(tmp_path):
+    save(tmp_path, images("/data/a.tar", 2, class_embeddings=False), about={}, grid=None)
+    corpus = rankings.open(str(tmp_path))
+    tensors = corpus.tensors(["prediction", "confidence"])
+    assert tensors["prediction"].tolist() == [-1, -1] and tensors["confidence"].isnan().all()
+    assert corpus.class_names is None and corpus.grid is None
+
+
+def test_a_bucket_holds_what_a_disk_holds(tmp_path, s3_bucket):
+    found, folder = images("s3://data/a.tar", 4), f"{s3_bucket}/runs/#1"
+    for place in (folder, str(tmp_path)):
+        save(place, found, (Reject("x", "no image"),))
+        rankings.record_failure(place, "s3://data/b.tar", "cut short")
+        assert rankings.finished(place, [found.shard, "s3://data/b.tar"]) == {found.shard}
+    corpus = rankings.open(folder)
+    assert corpus.shard(found.shard).to_pylist() == expected(found)
+    assert corpus.dataset.to_table().equals(rankings.open(str(tmp_path)).dataset.to_table())
+    assert corpus.rejects().num_rows == 1
+    assert rankings.failures(folder) == rankings.failures(str(tmp_path))
+    with pytest.raises(UserError, match="holds another search"):
+        rankings.prepare(folder, settings(limit=1))
+    with pytest.raises(UserError, match="no such folder"):
+        rankings.open(f"{s3_bucket}/runs/2")
+    save(folder, found)
+    assert corpus.rejects().num_rows == 0
