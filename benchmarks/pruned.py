@@ -26,7 +26,7 @@ from patchrank.evaluation import evaluate, latency
 from patchrank.model import loading
 from patchrank.model.tower import default_cut
 from patchrank.pruning.bundle import Bundle
-from patchrank.pruning.comparison import UNPRUNED
+from patchrank.pruning.methods import UNPRUNED
 from patchrank.pruning.predictor import PredictorConfig
 from patchrank.pruning.pruned import full_multiply_adds
 

@@ -30,7 +30,7 @@ from patchrank.model.classes import classes_of
 from patchrank.model.loading import Model
 from patchrank.model.tower import Tower
 from patchrank.pruning.bundle import Bundle
-from patchrank.pruning.comparison import UNPRUNED
+from patchrank.pruning.methods import UNPRUNED
 from patchrank.pruning.pruned import count_multiply_adds, full_multiply_adds
 from patchrank.store import rankings, storage
 from patchrank.store.corpus import Rankings, tables

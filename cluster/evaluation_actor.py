@@ -14,7 +14,7 @@ from cluster.progress import ShardReport
 from patchrank.evaluation import evaluate, latency
 from patchrank.evaluation.evaluate import ShardEvaluator
 from patchrank.pruning.bundle import Bundle
-from patchrank.pruning.comparison import UNPRUNED
+from patchrank.pruning.methods import UNPRUNED
 from patchrank.store import rankings
 
 

@@ -26,7 +26,8 @@ from patchrank.errors import UserError
 from patchrank.model.tower import Tower
 from patchrank.pruning import baselines, merging
 from patchrank.pruning.bundle import Bundle
-from patchrank.pruning.comparison import UNPRUNED, Method, Pruned, prune_batch
+from patchrank.pruning.comparison import Method, Pruned, prune_batch
+from patchrank.pruning.methods import UNPRUNED
 from patchrank.pruning.pruned import MERGING, MergedTower, PrunedTower, pruned_multiply_adds
 from patchrank.pruning.selectors import ClassAttentionSelector, PredictorSelector, RandomSelector
 from patchrank.search.ranker import ShardResult, checked, overflowed

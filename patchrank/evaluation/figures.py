@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from patchrank.errors import UserError
-from patchrank.pruning.comparison import UNPRUNED
+from patchrank.pruning.methods import UNPRUNED
 from patchrank.store import storage
 
 FILE = "figures.json"

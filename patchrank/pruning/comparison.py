@@ -12,10 +12,10 @@ from torch import Tensor
 from patchrank.data.pairs import PairBatch
 from patchrank.model.tower import Tower
 from patchrank.pruning.baselines import Usefulness
+from patchrank.pruning.methods import UNPRUNED
 from patchrank.pruning.prompts import VisualTokens
 from patchrank.tokens import count_kept, matching_rate, select, tokens_kept
 
-UNPRUNED = "unpruned"
 _FIGURES = ("images", "labelled", "hits", "cosine", "ranked", "matching")  # the columns of `Comparison.sums`
 
 

@@ -21,7 +21,8 @@ from patchrank.model.loading import Model
 from patchrank.model.tower import Tower
 from patchrank.pruning import predictor, prompts
 from patchrank.pruning.baselines import predicted
-from patchrank.pruning.comparison import UNPRUNED, Comparison, Method
+from patchrank.pruning.comparison import Comparison, Method
+from patchrank.pruning.methods import UNPRUNED
 from patchrank.pruning.predictor import LOSSES, TARGETS, Predictor, PredictorConfig
 from patchrank.pruning.prompts import PromptedText, TokensConfig, VisualTokens
 from patchrank.store import rankings, storage
