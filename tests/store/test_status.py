@@ -164,7 +164,7 @@ def test_the_job_prints_all_of_it(tmp_path, capsys):
 
 
 # Every report is one that a test can wait for.
-DRIVER = "import sys; from patchrank.store import status; status.REPORT_SECONDS = 0.2; import jobs.search as job; job.main()"
+DRIVER = "from patchrank.store import status; status.REPORT_SECONDS = 0.2; import jobs.search as job; job.main()"
 
 
 @pytest.fixture
