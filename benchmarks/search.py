@@ -48,6 +48,7 @@ from tqdm import tqdm
 from cluster.actor import write
 from cluster.places import Places
 from cluster.rank import SearchJob
+from patchrank import clock
 from patchrank.data.progress import Progress
 from patchrank.errors import run
 from patchrank.model.loading import resolve_dtype
@@ -77,17 +78,6 @@ def authors_shape(visual: Any, tokens: Tensor, full: Tensor, cut: int) -> Tensor
         x = x + block.ls_2(block.mlp(block.ln_2(x)))
     embeddings = visual._pool(x)[0] @ visual.proj  # (N, E)
     return F.cosine_similarity(embeddings.float(), full[None])
-
-
-def clock(call: Callable[[], object], device: str) -> float:
-    """Seconds that a call takes."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def main() -> int:
@@ -148,7 +138,7 @@ def main() -> int:
             call()
         for _ in tqdm(range(args.rounds), disable=not sys.stderr.isatty()):
             for name, call in calls.items():
-                seconds.setdefault(name, []).append(clock(call, device))
+                seconds.setdefault(name, []).append(clock.seconds(call, torch.device(device)))
 
     cost = default.config.cost(tower.grid)
     candidates = {"default": sum(step.candidates for step in cost), "one-shot": n, "authors": n}  # an image

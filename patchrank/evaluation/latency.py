@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Mapping
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from patchrank import clock
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def measure(
     rounds = 0
     while rounds < least or (rounds < most and time.perf_counter() - start < seconds):
         for name, tower in towers.items():
-            taken[name].append(_once(tower, images))
+            taken[name].append(clock.seconds(functools.partial(tower, images), images.device))
         rounds += 1
     whole = next(iter(taken.values()))
     return [
@@ -62,16 +65,6 @@ def measure(
         )
         for name, times in taken.items()
     ]
-
-
-def _once(tower: nn.Module, images: Tensor) -> float:
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    tower(images)
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def device_name(device: torch.device, threads: int) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from patchrank.model.tower import Tower
+from patchrank import clock
 from patchrank.search.searcher import Searcher
 from patchrank.store import rankings
 from patchrank.tokens import tokens_kept
@@ -41,7 +40,7 @@ def seconds_per_image(searcher: Searcher, pixels: Tensor, budget: float) -> floa
     seconds = _forward_seconds(searcher, pixels)
     if 2 * seconds <= budget:  # the first search warms up what the forward passes have not
         searcher.search(pixels)
-        seconds = _clock(lambda: searcher.search(pixels), searcher.tower)
+        seconds = clock.seconds(lambda: searcher.search(pixels), searcher.tower.device)
     return seconds / batch
 
 
@@ -51,14 +50,14 @@ def _forward_seconds(searcher: Searcher, pixels: Tensor) -> float:
     everything = list(range(tower.num_tokens))
     with torch.inference_mode():
         tower.prefix(pixels)
-        total = _clock(lambda: tower.prefix(pixels), tower)
+        total = clock.seconds(lambda: tower.prefix(pixels), tower.device)
         tokens = tower.prefix(pixels)  # (B, 1 + N, D)
 
         def forward(kept: int, candidates: int) -> float:
             ids = torch.tensor(everything[:kept], device=tokens.device).expand(candidates, -1)
             image = torch.arange(candidates, device=tokens.device) % batch
             tower.suffix(tokens, ids, image)
-            return _clock(lambda: tower.suffix(tokens, ids, image), tower) / candidates
+            return clock.seconds(lambda: tower.suffix(tokens, ids, image), tower.device) / candidates
 
         passes = [(step.kept, step.candidates) for step in searcher.config.cost(tower.grid) if step.candidates]
         passes += [(tower.num_tokens, 1)] + [(tokens_kept(tower.num_tokens, keep), 1) for keep in searcher.keep_rates]
@@ -90,14 +89,3 @@ def bytes_per_image(num_tokens: int, keep_rates: Sequence[float], images: int = 
         pruned_cosine=rng.random(shape, dtype=np.float32),
     )
     return len(rankings.encode(table, {})) / images
-
-
-def _clock(call: Callable[[], object], tower: Tower) -> float:
-    """Seconds that a call takes, to the end of what it starts on a GPU."""
-    if tower.device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if tower.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start

@@ -1,0 +1,19 @@
+"""How long work on a device takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a call takes, to the end of what it starts on the device; what was started before does not count."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
