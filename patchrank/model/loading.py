@@ -13,11 +13,10 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.factory import load_state_dict, parse_model_name
-from open_clip.transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from patchrank.errors import UserError
-from patchrank.model.tower import check_tower
+from patchrank.model.kinds import adapt
 from patchrank.store.storage import one_line
 
 IMAGE_TOWER_LOGIT_SCALE = 100.0  # of a file without a text tower: the value at which CLIP's training clamps it
@@ -44,7 +43,7 @@ class Model:
     logit_scale: float
 
     @property
-    def visual(self) -> VisionTransformer:
+    def visual(self) -> Any:
         """The image tower."""
         return self.clip.visual
 
@@ -88,7 +87,7 @@ def load(name: str, pretrained: str | None = None) -> Model:
             )
         except Exception as error:  # open_clip raises what its libraries raise: network, file and shape errors alike
             raise UserError(f"--model {name} --pretrained {pretrained}: {_short(error)}") from None
-    check_tower(clip.visual, name)
+    adapt(clip.visual, name)
     if image_tower:
         try:
             clip.visual.load_state_dict(image_tower)
@@ -101,21 +100,12 @@ def load(name: str, pretrained: str | None = None) -> Model:
     return Model(name, clip, image_tower is None, weights, digest(text), scale)
 
 
-def tower_digest(visual: VisionTransformer, dtype: torch.dtype = torch.float32) -> str:
+def tower_digest(visual: nn.Module, dtype: torch.dtype = torch.float32) -> str:
     """Digest of an image tower's structure and of its weights rounded to a dtype, 16 hex digits.
 
     A tower that is kept in a lower precision has the digest of the float32 one in that precision.
     """
-    # The same weights make another model with other heads, patches, activations or norms. Facts rather than the text
-    # that PyTorch prints of a module: that changes with its version, and with what open_clip builds in low precision.
-    block = visual.transformer.resblocks[0]
-    structure = (
-        f"heads {block.attn.num_heads} grid {visual.grid_size} patch {visual.conv1.stride} "
-        f"activation {type(block.mlp.gelu).__name__} {getattr(block.mlp.gelu, 'approximate', None)} "
-        f"norms {[module.eps for module in visual.modules() if isinstance(module, torch.nn.LayerNorm)]} "
-        f"pooled before the last {visual.final_ln_after_pool}"
-    )
-    return digest({key: value.to(dtype) for key, value in visual.state_dict().items()}, structure)
+    return digest({key: value.to(dtype) for key, value in visual.state_dict().items()}, adapt(visual).structure())
 
 
 def open_clip_name(name: str, pretrained: str | None) -> str:

@@ -1,4 +1,4 @@
-"""An open_clip image tower cut before block L: what comes before runs once an image, what comes after once a candidate.
+"""An image tower cut before block L: what comes before runs once an image, what comes after once a candidate.
 
 tower = Tower(model.visual, cut=3)
 tokens = tower.prefix(images)              # the full sequence, class embedding first
@@ -13,31 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import Attention, LayerNormFp32, QuickGELU, VisionTransformer
+from open_clip.transformer import Attention
 from torch import Tensor, nn
 
 from patchrank.errors import UserError
-
-QUICK_GELU = 1.702  # QuickGELU(x) = x sigmoid(1.702 x)
-
-
-def check_tower(visual: nn.Module, name: str = "this model") -> None:
-    """Refuse an image tower that is not a plain vision transformer read out at its class token.
-
-    Raises:
-        UserError: names the model and the reason.
-    """
-    reason = None
-    if not isinstance(visual, VisionTransformer):
-        reason = f"its image tower is a {type(visual).__name__}"
-    elif visual.attn_pool is not None:
-        reason = "its image tower pools tokens by attention"
-    elif visual.pool_type != "tok":
-        reason = f"its image tower pools tokens by '{visual.pool_type}'"
-    elif any(getattr(block.attn, "logit_scale", None) is not None for block in visual.transformer.resblocks):
-        reason = "its blocks use scaled cosine attention"
-    if reason:
-        raise UserError(f"{name}: {reason}; patchrank takes plain vision transformers that are read at the class token")
+from patchrank.model.kinds import adapt
 
 
 def default_cut(blocks: int) -> int:
@@ -46,12 +26,10 @@ def default_cut(blocks: int) -> int:
 
 
 class Tower(nn.Module):
-    """A frozen copy of an open_clip `VisionTransformer`, cut before block `cut` (blocks count from 0).
+    """A frozen copy of an image tower, cut before block `cut` (blocks count from 0).
 
-    The blocks run in `dtype`; the final layer norm and projection, which see the class token alone, run in float32
-    (float64 where `dtype` is float64), and so do all embeddings that leave the tower. Attention is fused
-    (`scaled_dot_product_attention`), whichever of open_clip's two attention classes the model was built with, except
-    in bfloat16 on a CPU, where that is slow.
+    The blocks run in `dtype`; the readout, which sees the class token alone, runs in float32 (float64 where `dtype` is
+    float64), and so do all embeddings that leave the tower.
 
     Args:
         visual: the image tower; it is not changed.
@@ -60,61 +38,59 @@ class Tower(nn.Module):
         device: where the copy lives.
         name: the model's name, for error messages.
 
+    Attributes:
+        adapter: what is known of the tower's kind.
+
     Raises:
-        UserError: the tower is of a kind that cannot be cut (see `check_tower`), or it has no block `cut`.
+        UserError: the tower is of a kind that cannot be cut (see `adapt`), or it has no block `cut`.
     """
 
     visual: Any  # open_clip has no types
 
     def __init__(
         self,
-        visual: VisionTransformer,
+        visual: nn.Module,
         cut: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         name: str = "this model",
     ) -> None:
         super().__init__()
-        check_tower(visual, name)
-        blocks = len(visual.transformer.resblocks)
+        blocks = adapt(visual, name).depth
         cut = default_cut(blocks) if cut is None else cut
         if not 0 <= cut < blocks:
             raise UserError(f"{name} has {blocks} blocks: the cut must be 0 to {blocks - 1}, not {cut}")
         self.cut = cut
         self.dtype = dtype
         self.visual = copy.deepcopy(visual).eval().requires_grad_(False)
-        for block in self.visual.transformer.resblocks:
-            fuse_quick_gelu(block.mlp)
-        exact = torch.float64 if dtype == torch.float64 else torch.float32
-        norms = [module for module in self.visual.modules() if isinstance(module, LayerNormFp32)]  # cast their inputs
-        unrounded = [(norm, norm.state_dict(), torch.float32) for norm in norms]
-        unrounded.append((self.visual.ln_post, self.visual.ln_post.state_dict(), exact))
-        proj = self.visual.proj.data
-        self.visual.to(device=device, dtype=dtype)
-        for norm, weights, precision in unrounded:
-            norm.to(precision).load_state_dict(weights)
-        self.visual.proj.data = proj.to(device, exact)
-        self.grid: tuple[int, int] = tuple(visual.grid_size)
+        self.adapter = adapt(self.visual, name)
+        self.adapter.prepare(dtype, device)
+        self.grid = self.adapter.grid
 
     @property
     def num_tokens(self) -> int:
         """N, the number of patch tokens; the class token is not counted."""
-        return self.grid[0] * self.grid[1]
+        return self.adapter.num_tokens
+
+    @property
+    def length(self) -> int:
+        """p + N, the tokens of a whole image."""
+        return self.adapter.length
 
     @property
     def width(self) -> int:
         """D, the width of a token."""
-        return self.visual.transformer.width
+        return self.adapter.width
 
     @property
     def embed_dim(self) -> int:
         """E, the width of an embedding."""
-        return self.visual.proj.shape[1]
+        return self.adapter.embed_dim
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.visual.proj.device
+        return self.adapter.device
 
     def prefix(self, images: Tensor, extra: Tensor | None = None) -> Tensor:
         """Tokens before block `cut`.
@@ -124,55 +100,61 @@ class Tower(nn.Module):
             extra: (b, D), further tokens that go through all blocks beside those of every image, after the patches.
 
         Returns:
-            (B, 1 + N + b, D) in the tower's dtype; the class token comes first, then the patches row by row. A gradient
-            flows to `extra` and to `images` where they ask for one; the tower's own weights never do.
+            (B, p + N + b, D) in the tower's dtype; the p prefix tokens come first (the class token), then the patches
+            row by row. A gradient flows to `extra` and to `images` where they ask for one; the tower's own weights
+            never do.
         """
-        x = self.visual._embeds(images.to(self.device, non_blocking=True).to(self.dtype))  # (B, 1 + N, D)
+        x = self.adapter.embed(images.to(self.device, non_blocking=True).to(self.dtype))  # (B, p + N, D)
         if extra is not None:
-            x = torch.cat([x, extra.to(x.dtype).expand(len(x), -1, -1)], dim=1)  # (B, 1 + N + b, D)
-        for block in self.visual.transformer.resblocks[: self.cut]:
-            x = run_block(block, x)
-        return x
+            x = torch.cat([x, extra.to(x.dtype).expand(len(x), -1, -1)], dim=1)  # (B, p + N + b, D)
+        return self.adapter.run(x, stop=self.cut)
 
-    def suffix(self, tokens: Tensor, kept: Tensor | None = None, image: Tensor | None = None) -> Tensor:
+    def suffix(
+        self, tokens: Tensor, kept: Tensor | None = None, image: Tensor | None = None, gates: Tensor | None = None
+    ) -> Tensor:
         """Embeddings of images of which only some tokens go past the cut.
 
         Args:
-            tokens: (B, 1 + N + b, D) from `prefix`; the b tokens after the patches always stay.
+            tokens: (B, p + N + b, D) from `prefix`; the b tokens after the patches always stay.
             kept: (C, n) int64 token ids in 0 .. N-1; all tokens where None.
             image: (C,) int64, the row of `tokens` that each row of `kept` belongs to; row c where None (then C = B).
+            gates: (C, n) float, how much there is of each patch that goes on, as `Adapter.run` has it; a gradient flows
+                to them. All of it where None.
 
         Returns:
             (C, E) float32 (float64 for a float64 tower), not normalised, as `encode_image` gives them.
         """
+        p = self.adapter.prefix_tokens
         if kept is None:
-            x = tokens if image is None else tokens[image]  # (C, 1 + N + b, D)
+            x = tokens if image is None else tokens[image]  # (C, p + N + b, D)
         else:
             rows = torch.arange(kept.shape[0], device=kept.device) if image is None else image
-            positions = F.pad(kept + 1, (1, 0))  # (C, 1 + n): the class token, position 0, always stays
-            extra = torch.arange(1 + self.num_tokens, tokens.shape[1], device=kept.device)  # (b,)
-            positions = torch.cat([positions, extra.expand(len(kept), -1)], dim=1)  # (C, 1 + n + b)
-            x = tokens[rows[:, None], positions]  # (C, 1 + n + b, D)
-        blocks = self.visual.transformer.resblocks
-        for block in blocks[self.cut : -1]:
-            x = run_block(block, x)
-        x = run_block(blocks[-1], x, class_token_only=True)[:, 0]  # (C, D)
-        x = self.visual.ln_post(x.to(self.visual.proj.dtype))
-        return x @ self.visual.proj  # (C, E)
+            first = torch.arange(p, device=kept.device).expand(len(kept), -1)  # (C, p)
+            extra = torch.arange(self.length, tokens.shape[1], device=kept.device).expand(len(kept), -1)  # (C, b)
+            positions = torch.cat([first, kept + p, extra], dim=1)  # (C, p + n + b)
+            x = tokens[rows[:, None], positions]  # (C, p + n + b, D)
+        if gates is not None:
+            gates = F.pad(gates, (p, tokens.shape[1] - self.length), value=1.0)  # (C, p + n + b)
+        return self.adapter.readout(self.adapter.run(x, self.cut, gates=gates))  # (C, E)
 
     def prefix_multiply_adds(self) -> int:
         """Exact multiply-adds of `prefix` for an image; norms and activations not counted."""
-        return embed_multiply_adds(self.visual) + self.cut * block_multiply_adds(self.visual, 1 + self.num_tokens)
+        return self.adapter.embed_multiply_adds() + self.cut * self.adapter.block_multiply_adds(self.length)
 
     def suffix_multiply_adds(self, kept: int) -> int:
         """Exact multiply-adds of `suffix` for a candidate of `kept` patch tokens; norms and activations not counted."""
-        blocks = len(self.visual.transformer.resblocks) - self.cut - 1
-        last = block_multiply_adds(self.visual, 1 + kept, class_token_only=True)
-        return blocks * block_multiply_adds(self.visual, 1 + kept) + last + self.visual.proj.numel()
+        n, blocks = self.adapter.prefix_tokens + kept, self.adapter.depth - self.cut - 1
+        last = self.adapter.block_multiply_adds(n, last=True) + self.adapter.readout_multiply_adds(n)
+        return blocks * self.adapter.block_multiply_adds(n) + last
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings of whole images, (B, 3, H, W) -> (B, E): the unpruned model."""
         return self.suffix(self.prefix(images))
+
+
+def check_tower(visual: nn.Module, name: str = "this model") -> None:
+    """As `adapt`."""
+    adapt(visual, name)
 
 
 def embed_multiply_adds(visual: Any) -> int:
@@ -188,20 +170,6 @@ def block_multiply_adds(visual: Any, n: int, class_token_only: bool = False) -> 
     if class_token_only:  # keys and values of all tokens, the rest of the class token alone
         return 2 * d * d * n + 2 * d * d + 2 * n * d + 2 * d * hidden
     return (4 * d * d + 2 * d * hidden) * n + 2 * n * n * d
-
-
-def fuse_quick_gelu(mlp: Any) -> None:
-    """Make an MLP with QuickGELU, as OpenAI's weights have it, one with SiLU that computes the same.
-
-    QuickGELU, x sigmoid(1.702 x), is three passes over the widest activation; SiLU, x sigmoid(x), is one. The factor
-    goes into the weights before it and out of those after it, unless a norm stands between.
-    """
-    if isinstance(mlp.gelu, QuickGELU) and isinstance(getattr(mlp, "ln", _IDENTITY), nn.Identity):
-        with torch.no_grad():
-            mlp.c_fc.weight *= QUICK_GELU
-            mlp.c_fc.bias *= QUICK_GELU
-            mlp.c_proj.weight /= QUICK_GELU
-        mlp.gelu = nn.SiLU(inplace=True)
 
 
 def run_block(block: Any, x: Tensor, class_token_only: bool = False) -> Tensor:

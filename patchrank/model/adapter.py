@@ -1,0 +1,161 @@
+"""What patchrank asks of an image tower: the interface that each kind of tower implements in a file of its own.
+
+A sequence is (C, n, D). The prefix tokens come first (a class token, registers) and always stay; then come the patches
+that are there. Learnable tokens may stand before or behind the patches: attention does not ask for the order.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class Adapter(ABC):
+    """An image tower taken apart. It holds the module and no weights of its own, so making one costs nothing.
+
+    Attributes:
+        kind: the class of the modules that it is for.
+        visual: the module.
+        prefix_tokens: p, the tokens before the patches: 1 for a class token alone.
+        grid: rows and columns of patches.
+        width: D, of a token.
+        head_width: D / heads, of a query or key.
+        hidden: of the MLPs.
+        embed_dim: E, of an embedding.
+        depth: the number of blocks.
+        dtype: in which images are embedded and all blocks but some norms run.
+        device: where the weights are.
+    """
+
+    kind: ClassVar[type[nn.Module]]
+    prefix_tokens: int
+    grid: tuple[int, int]
+    width: int
+    head_width: int
+    hidden: int
+    embed_dim: int
+    depth: int
+
+    def __init__(self, visual: Any) -> None:
+        self.visual = visual
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the number of patch tokens."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def length(self) -> int:
+        """p + N, the tokens of a whole image."""
+        return self.prefix_tokens + self.num_tokens
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device: ...
+
+    @classmethod
+    @abstractmethod
+    def refusal(cls, visual: Any) -> str | None:
+        """Why a module of this kind cannot be cut or pruned all the same; None where it can."""
+
+    @abstractmethod
+    def structure(self) -> str:
+        """The facts beside the weights that make another model of them: heads, patches, activations, norms.
+
+        Facts rather than the text that PyTorch prints of a module: that changes with its version, and in low precision.
+        """
+
+    @abstractmethod
+    def prepare(self, dtype: torch.dtype, device: torch.device | str) -> None:
+        """Make the module, a copy that nobody else uses, ready for blocks in a dtype and a readout in float32.
+
+        The readout is float64 where `dtype` is float64. Norms that compute in float32 keep unrounded weights.
+        """
+
+    @abstractmethod
+    def unprepare(self) -> None:
+        """Round the readout to the dtype of the blocks: a module's own forward pass runs in one dtype."""
+
+    @abstractmethod
+    def embed(self, images: Tensor) -> Tensor:
+        """Tokens before the first block: (C, 3, H, W) of the tower's dtype and device -> (C, p + N, D)."""
+
+    @abstractmethod
+    def attention(
+        self, x: Tensor, number: int, gates: Tensor | None = None, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The first half of a block, attention with its residual.
+
+        Args:
+            x: (C, n, D).
+            number: the block, from 0.
+            gates: (C, n) float, as for `run`.
+            bias: (C, n) float, added to the logits of each key; nothing where None.
+
+        Returns:
+            (C, n, D), and the keys, (C, heads, n, D / heads). Of the last block only the tokens that `readout` reads
+            are computed.
+        """
+
+    @abstractmethod
+    def mlp(self, x: Tensor, number: int) -> Tensor:
+        """The second half of a block, the MLP with its residual: (C, n, D) -> (C, n, D)."""
+
+    @abstractmethod
+    def class_attention(self, x: Tensor, number: int) -> Tensor:
+        """How much the class token attends to each patch in a block: (C, p + n, D) before it -> (C, n) float32.
+
+        The mean over heads; where the readout is a mean over tokens, the mean over all that ask, too.
+        """
+
+    @abstractmethod
+    def readout(self, x: Tensor) -> Tensor:
+        """Embeddings of what the last block gives: (C, m, D) -> (C, E), not normalised, in the readout's dtype."""
+
+    def run(self, x: Tensor, start: int = 0, stop: int | None = None, gates: Tensor | None = None) -> Tensor:
+        """Blocks `start` to `stop` - 1; to the last one where `stop` is None.
+
+        Args:
+            x: (C, n, D).
+            gates: (C, n) float, how much there is of each token as a key: attention weights a become
+                a_j g_j / sum_k a_k g_k. A token with gate 0 is not there for the others. Gates are multiplied, as the
+                logarithm of 0 has no gradient. Prefix tokens have gate 1; so has every token where None.
+
+        Returns:
+            (C, n, D). Of the last block only the tokens that `readout` reads.
+        """
+        for number in range(start, self.depth if stop is None else stop):
+            x = self.mlp(self.attention(x, number, gates)[0], number)  # without a name the keys are free before the MLP
+        return x
+
+    @abstractmethod
+    def embed_multiply_adds(self) -> int:
+        """Exact multiply-adds of `embed` for an image; norms and activations are not counted, here and below."""
+
+    @abstractmethod
+    def block_multiply_adds(self, n: int, last: bool = False) -> int:
+        """Of a block on n tokens; `last` where only those that `readout` reads are computed."""
+
+    @abstractmethod
+    def mlp_multiply_adds(self, n: int) -> int:
+        """The part of the MLP in a block on n tokens."""
+
+    @abstractmethod
+    def class_attention_multiply_adds(self, n: int) -> int:
+        """Of `class_attention` on n tokens."""
+
+    @abstractmethod
+    def readout_multiply_adds(self, n: int) -> int:
+        """Of `readout` after blocks on n tokens."""
+
+    def full_multiply_adds(self) -> int:
+        """Of an image in the module's own forward pass."""
+        n = self.length
+        return self.embed_multiply_adds() + self.depth * self.block_multiply_adds(n) + self.readout_multiply_adds(n)
