@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from patchrank.data.shards import Reject
 from patchrank.store import rankings
 
 KEEP_RATES = (0.9, 0.7, 0.5)
@@ -76,3 +78,13 @@ def images(
         for name in ("prediction", "confidence", "pruned_prediction", "pruned_confidence"):
             arrays[name] = None
     return Images(shard, [f"{row:06d}" for row in range(count)], labels.tolist(), arrays)
+
+
+def save(folder: str | Path, found: Images, rejects: tuple[Reject, ...] = (), **changes) -> None:
+    fingerprint = rankings.prepare(str(folder), settings(**changes))
+    rankings.write(str(folder), found.shard, found.table(), rejects, fingerprint)
+
+
+def written(folder: Path) -> list[str]:
+    """All files below a folder, hidden ones too."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,116 @@
+"""A results folder goes on with its own search only, and knows what is finished and what failed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from made_up import images, save, settings, written
+
+from patchrank.data.shards import Reject
+from patchrank.errors import UserError
+from patchrank.store import rankings
+
+
+def test_the_same_search_goes_on_in_its_folder(tmp_path):
+    folder = str(tmp_path / "out")
+    first = rankings.prepare(folder, settings())
+    before = (tmp_path / "out" / "search.json").read_bytes()
+    assert len(first) == 16
+    assert rankings.prepare(folder, settings(about={"patchrank": "9"}, grid=(4, 5))) == first
+    assert (tmp_path / "out" / "search.json").read_bytes() == before
+    assert rankings.prepare(str(tmp_path / "other"), settings(limit=3)) != first
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"limit": 7}, "limit: null there, 7 now"),
+        ({"search": {"score": "preservation", "block": 2, "remove_per_step": 4}}, "search.block: 1 there, 2 now"),
+        ({"classes": None, "limit": 1}, 'classes: "4567" there, null now, limit: null there, 1 now'),
+        ({"classes": None, "limit": 1, "grid": [1, 20], "keep_rates": []}, ", and 2 more"),
+        ({"search": {"score": "preservation"}}, "search.block: 1 there, not set now"),
+        ({"new": True}, "new: not set there, true now"),
+    ],
+)
+def test_another_search_is_refused(tmp_path, changes, message):
+    rankings.prepare(str(tmp_path), settings())
+    with pytest.raises(UserError) as error:
+        rankings.prepare(str(tmp_path), settings(**changes))
+    assert message in str(error.value)
+    assert str(tmp_path) in str(error.value) and "--out" in str(error.value)
+    assert str(error.value).count(" there") <= 2
+    assert json.loads((tmp_path / "search.json").read_bytes())["settings"] == settings()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": "1"}', b'{"format": 1, "settings": 3}', b"\xff"])
+def test_a_damaged_search_json_is_refused(tmp_path, content):
+    (tmp_path / "search.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"search\.json: damaged"):
+        rankings.prepare(str(tmp_path), settings())
+    with pytest.raises(UserError, match=r"search\.json: damaged"):
+        rankings.open(str(tmp_path))
+
+
+def test_an_edited_search_json_is_refused(tmp_path):
+    rankings.prepare(str(tmp_path), settings())
+    path = tmp_path / "search.json"
+    path.write_text(path.read_text().replace('"block": 1', '"block": 2'))
+    with pytest.raises(UserError, match="was edited"):
+        rankings.prepare(str(tmp_path), settings())
+
+
+def test_a_folder_of_another_version_is_refused(tmp_path):
+    rankings.prepare(str(tmp_path), settings())
+    path = tmp_path / "search.json"
+    path.write_text(path.read_text().replace('"format": "1"', '"format": "99"'))
+    with pytest.raises(UserError, match="has format 99"):
+        rankings.open(str(tmp_path))
+
+
+def test_folders_that_cannot_be_used(tmp_path):
+    (tmp_path / "loose").mkdir()
+    (tmp_path / "loose" / "x.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"loose: holds Parquet files, but no search\.json"):
+        rankings.prepare(str(tmp_path / "loose"), settings())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file: cannot be used"):
+        rankings.prepare(str(tmp_path / "file"), settings())
+
+
+def test_leftovers_of_killed_runs_are_removed(tmp_path):
+    found = images("/data/a.tar", 3)
+    save(tmp_path, found, (Reject("x", "no image"),))
+    rankings.record_failure(str(tmp_path), found.shard, "cut short")
+    keep = written(tmp_path)
+    for place in ("", "rejects", "failed"):
+        (tmp_path / place / ".a-1234.parquet.xyz.tmp").write_bytes(b"half")
+    rankings.prepare(str(tmp_path), settings())
+    assert written(tmp_path) == keep
+
+
+def test_finished_shards_are_listed_and_not_opened(tmp_path):
+    folder, shards = str(tmp_path), [f"s3://bucket/{split}/{number}.tar" for split in "ab" for number in range(500)]
+    assert rankings.finished(folder, shards) == set()
+    assert rankings.finished(str(tmp_path / "nowhere"), shards) == set()
+    for shard in shards[:700]:
+        (tmp_path / rankings.file_name(shard)).write_bytes(b"no Parquet file")
+    (tmp_path / rankings.file_name(shards[800])).touch()
+    (tmp_path / f".{rankings.file_name(shards[801])}.x.tmp").write_bytes(b"half")
+    for shard in shards[:3]:
+        rankings.record_failure(folder, shard, "cut short")
+    assert rankings.finished(folder, shards) == set(shards[3:700])
+    rankings.clear_failure(folder, shards[0])
+    rankings.clear_failure(folder, shards[0])
+    assert rankings.finished(folder, shards[:5]) == {shards[0], shards[3], shards[4]}
+    assert rankings.failures(folder) == [{"shard": shard, "error": "cut short"} for shard in shards[1:3]]
+
+
+def test_a_damaged_failure_record_still_tells_of_a_failure(tmp_path):
+    rankings.record_failure(str(tmp_path), "/data/a.tar", "cut short")
+    (tmp_path / "failed" / "b-01234567.json").touch()
+    (tmp_path / "failed" / "c-01234567.json").write_text('{"shard": 1}')
+    first, second, third = rankings.failures(str(tmp_path))
+    assert first == {"shard": "/data/a.tar", "error": "cut short"}
+    for record, name in ((second, "b-01234567"), (third, "c-01234567")):
+        assert record["shard"] == name and f"failed/{name}.json is damaged" in record["error"]
