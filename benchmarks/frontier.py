@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from patchrank.data import shards
 from patchrank.data.images import decode
-from patchrank.data.pairs import PairBatch
+from patchrank.data.pair_batches import PairBatch
 from patchrank.errors import UserError, run
 from patchrank.model import classes, loading
 from patchrank.model.loading import Model

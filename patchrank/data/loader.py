@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from patchrank.data.images import decode
+from patchrank.data import decoding
+from patchrank.data.decoding import Undecodable
 from patchrank.data.shards import Reject, Sample
-from patchrank.store.storage import one_line
 
 
 @dataclass(frozen=True)
@@ -42,19 +41,31 @@ def batches(
         reject: is told of every sample that cannot be used. One bad image costs that image alone.
         threads: that decode. Two batches are under way at most, so memory does not grow with the shard.
     """
-    loaded = _loaded(samples, preprocess, reject, threads, ahead=2 * size)
+
+    def usable() -> Iterator[Sample]:
+        for sample in samples:
+            if isinstance(sample, Reject):
+                reject(sample)
+            else:
+                yield sample
+
+    def load(sample: Sample) -> tuple[Tensor, float]:
+        start = time.thread_time()
+        return decoding.pixels(sample.image, preprocess), time.thread_time() - start
+
     rows: list[tuple[Sample, Tensor, float]] = []
     damage: Exception | None = None
-    while damage is None:
-        try:
-            rows.append(next(loaded))
-        except StopIteration:
-            break
-        except Exception as error:  # the images that came before are a batch of their own
-            damage = error
-        if len(rows) == size:
-            yield _batch(rows)
-            rows = []
+    try:
+        for sample, loaded in decoding.on_threads(usable(), load, threads, ahead=2 * size):
+            if isinstance(loaded, Undecodable):
+                reject(Reject(sample.key, str(loaded)))
+                continue
+            rows.append((sample, *loaded))
+            if len(rows) == size:
+                yield _batch(rows)
+                rows = []
+    except Exception as error:  # the images that came before are a batch of their own
+        damage = error
     if rows:
         yield _batch(rows)
     if damage is not None:
@@ -87,46 +98,3 @@ def _batch(rows: list[tuple[Sample, Tensor, float]]) -> Batch:
         labels=[sample.label for sample, _, _ in rows],
         decode_seconds=sum(seconds for _, _, seconds in rows),
     )
-
-
-def _loaded(
-    samples: Iterable[Sample | Reject],
-    preprocess: Callable[..., Tensor],
-    reject: Callable[[Reject], None],
-    threads: int,
-    ahead: int,
-) -> Iterator[tuple[Sample, Tensor, float]]:
-    def load(sample: Sample) -> tuple[Tensor, float]:
-        start = time.thread_time()
-        return preprocess(decode(sample.image)), time.thread_time() - start
-
-    failure: Exception | None = None
-    source = iter(samples)
-    waiting: deque[tuple[Sample, Future[tuple[Tensor, float]]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        exhausted = False
-        while waiting or not exhausted:
-            while not exhausted and len(waiting) < ahead:
-                try:
-                    sample = next(source)
-                except StopIteration:
-                    exhausted = True
-                except Exception as error:  # a damaged shard: the samples before the damage come first
-                    exhausted, failure = True, error
-                else:
-                    if isinstance(sample, Reject):
-                        reject(sample)
-                    else:
-                        waiting.append((sample, pool.submit(load, sample)))
-            if waiting:
-                sample, future = waiting.popleft()
-                try:
-                    pixels, seconds = future.result()
-                except MemoryError:  # the machine's trouble, not the image's
-                    raise
-                except Exception as error:  # whatever an image does to its decoder, it must not cost the others
-                    reject(Reject(sample.key, one_line(error)))
-                else:
-                    yield sample, pixels, seconds
-    if failure is not None:
-        raise failure

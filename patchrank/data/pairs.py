@@ -10,21 +10,17 @@ for batch in pairs.held_out(size=64):                # once over the part that i
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import random
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
-import torch
 from torch import Tensor
 
 from patchrank.data.features import Features
-from patchrank.data.images import decode
-from patchrank.data.shards import Sample, ShardError, read, readable
+from patchrank.data.held_out import is_held_out
+from patchrank.data.join import JoinReport, Pair, join
+from patchrank.data.pair_batches import PairBatch, batches
 from patchrank.errors import UserError
 from patchrank.model import artifacts
 from patchrank.model.tower import Tower
@@ -33,55 +29,6 @@ from patchrank.store.corpus import Rankings, file_name
 LANES = 4  # streams that a global batch is put together from; see `Pairs.batches`
 
 _Part = tuple[str, int, int | None]  # a shard, the first of its training rows, and the one after the last; None for all
-
-
-@dataclass(frozen=True)
-class PairBatch:
-    """B images with their golden rankings.
-
-    Attributes:
-        keys: B strings.
-        pixels: (B, 3, H, W) float32, preprocessed; without rows where there are `tokens`.
-        labels: (B,) int64, -1 where there is none.
-        ranking: (B, N) int64, token ids, most useful first; None where the images were never ranked.
-        score: (B, N) float32, by token id; None likewise.
-        tokens: (B, 1 + N, D), the tower's prefix, where it is kept on disk; else None.
-    """
-
-    keys: list[str]
-    pixels: Tensor
-    labels: Tensor
-    ranking: Tensor | None
-    score: Tensor | None
-    tokens: Tensor | None = None
-
-
-@dataclass
-class Partners:
-    """How the samples of one shard and the rows of its table found each other.
-
-    Attributes:
-        joined: images with a ranking.
-        without_ranking: samples of the shard that its table does not have.
-        without_image: rows of the table without a readable sample in the shard.
-        undecodable: keys of images that were ranked, but cannot be decoded now.
-        error: why the shard could not be read to its end, or None.
-    """
-
-    joined: int = 0
-    without_ranking: int = 0
-    without_image: int = 0
-    undecodable: set[str] = field(default_factory=set)
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class _Pair(Sample):
-    """A sample with the shard that it is from and its row of the table, or None where it was never ranked."""
-
-    shard: str = ""
-    ranking: Tensor | None = None
-    score: Tensor | None = None
 
 
 def check(corpus: Rankings, tower: Tower, weights: str | None) -> None:
@@ -94,11 +41,6 @@ def check(corpus: Rankings, tower: Tower, weights: str | None) -> None:
     artifacts.check(f"{corpus.folder}: this search was", model, tower, weights)
     if corpus.num_tokens != tower.num_tokens:
         raise UserError(f"{corpus.folder}: ranks {corpus.num_tokens} tokens, and the model has {tower.num_tokens}")
-
-
-def is_held_out(key: str, share: float) -> bool:
-    """Whether the image of this key is never trained on; the same for every corpus, rank and run."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) < share * 2**64
 
 
 class Pairs:
@@ -116,7 +58,7 @@ class Pairs:
     Attributes:
         shards: those that have rankings, in the order given, or sorted.
         shards_without_rankings: those given that have none.
-        partners: by shard read so far, how its samples and rows found each other.
+        reports: by shard read so far, how its samples and rows found each other.
         features: where set, `batches` takes the images' tokens from there instead of decoding them.
 
     Raises:
@@ -153,7 +95,7 @@ class Pairs:
                 f"{len(self.shards_without_rankings)} shards given, {self.shards_without_rankings[0]} the first; "
                 "name the shards as the search did"
             )
-        self.partners: dict[str, Partners] = {}
+        self.reports: dict[str, JoinReport] = {}
         self.features: Features | None = None
 
     @property
@@ -222,7 +164,7 @@ class Pairs:
         held_out = sum(is_held_out(key, self.share) for key in keys)
         return len(keys) - held_out, held_out
 
-    def _lane(self, epoch: int, lane: int, lanes: int) -> Iterator[_Pair]:
+    def _lane(self, epoch: int, lane: int, lanes: int) -> Iterator[Pair]:
         """The training rows of one lane, shuffled, again and again."""
         order = list(zip(self.shards, self._counted, strict=True))
         random.Random(f"{self.seed} {epoch}").shuffle(order)
@@ -245,82 +187,35 @@ class Pairs:
                     raise UserError(f"{self.corpus.folder}: {self._trouble()}")
                 mine = everything
 
-    def _training_rows(self, shard: str, first: int, last: int | None) -> Iterator[_Pair]:
+    def _training_rows(self, shard: str, first: int, last: int | None) -> Iterator[Pair]:
         """The training rows of a shard from number `first` to the one before `last`."""
         rows = (row for row in self._pairs(shard) if not is_held_out(row.key, self.share))
         return itertools.islice(rows, first, last)
 
-    def _pairs(self, shard: str) -> Iterator[_Pair]:
-        """The samples of a shard that have a ranking, in the shard's order."""
-        table = self.corpus.tensors(["ranking", "score"], shard)
-        row = {key: number for number, key in enumerate(table["key"])}
-        found = Partners()
-        try:
-            for sample in read(shard, self.corpus.settings.get("limit")):
-                if not isinstance(sample, Sample):
-                    continue
-                number = row.pop(sample.key, None)
-                if number is None:
-                    found.without_ranking += 1
-                    continue
-                found.joined += 1
-                ranking, score = table["ranking"][number], table["score"][number]
-                yield _Pair(sample.key, sample.image, sample.label, (), shard, ranking, score)
-        except ShardError as error:  # the other shards are still good
-            found.error = str(error)
-        found.without_image = len(row)
-        found.undecodable = self.partners.get(shard, found).undecodable
-        self.partners[shard] = found
+    def _pairs(self, shard: str) -> Iterator[Pair]:
+        """The samples of a shard that have a ranking; the shard's report is kept once it is whole."""
+        found = JoinReport()
+        yield from join(self.corpus, shard, found)
+        found.undecodable = self.reports.get(shard, found).undecodable
+        self.reports[shard] = found
 
-    def _batches(self, rows: Iterable[_Pair], size: int, training: bool) -> Iterator[PairBatch]:
-        def undecodable(pair: _Pair) -> None:
-            self.partners.setdefault(pair.shard, Partners()).undecodable.add(pair.key)
+    def _batches(self, rows: Iterable[Pair], size: int, training: bool) -> Iterator[PairBatch]:
+        def undecodable(pair: Pair) -> None:
+            self.reports.setdefault(pair.shard, JoinReport()).undecodable.add(pair.key)
 
         features = self.features if training else None
-        return _decoded(rows, self.preprocess, size, self.threads, undecodable, features, in_step=training)
+        return batches(rows, self.preprocess, size, self.threads, undecodable, features, in_step=training)
 
     def _trouble(self) -> str:
-        errors = [f"{uri}: {found.error}" for uri, found in self.partners.items() if found.error]
+        errors = [f"{uri}: {found.error}" for uri, found in self.reports.items() if found.error]
         if errors:
             return f"no image of its shards can be read ({errors[0]})"
         return "no sample of its shards has a ranking; name the shards that were searched"
 
 
-def unranked(
-    shards: Iterable[str],
-    preprocess: Callable[..., Tensor],
-    size: int,
-    limit: int | None = None,
-    threads: int = 2,
-    undecodable: Callable[[str], None] = lambda key: None,
-    rank: int = 0,
-    world: int = 1,
-) -> Iterator[PairBatch]:
-    """The images of shards that were never ranked, once, for evaluation.
-
-    Args:
-        limit: the first so many, of all shards and ranks together.
-        rank, world: this process and how many there are; each takes every world-th image.
-        undecodable: is told the key of every image that cannot be decoded.
-
-    Raises:
-        UserError: a shard cannot be read.
-    """
-
-    def rows() -> Iterator[_Pair]:
-        for uri in shards:
-            with readable(uri):
-                for sample in read(uri):
-                    if isinstance(sample, Sample):
-                        yield _Pair(sample.key, sample.image, sample.label, (), uri)
-
-    mine = itertools.islice(rows(), rank, limit, world)
-    return _decoded(mine, preprocess, size, threads, lambda pair: undecodable(pair.key), in_step=False)
-
-
-def _shuffled(rows: Iterable[_Pair], size: int, rng: random.Random) -> Iterator[_Pair]:
+def _shuffled(rows: Iterable[Pair], size: int, rng: random.Random) -> Iterator[Pair]:
     """The rows in another order: each leaves a buffer of `size` rows at random."""
-    buffer: list[_Pair] = []
+    buffer: list[Pair] = []
     for row in rows:
         if len(buffer) < size:
             buffer.append(row)
@@ -332,67 +227,3 @@ def _shuffled(rows: Iterable[_Pair], size: int, rng: random.Random) -> Iterator[
             yield row
     rng.shuffle(buffer)
     yield from buffer
-
-
-def _decoded(
-    rows: Iterable[_Pair],
-    preprocess: Callable[..., Tensor],
-    size: int,
-    threads: int,
-    undecodable: Callable[[_Pair], None],
-    features: Features | None = None,
-    *,
-    in_step: bool,
-) -> Iterator[PairBatch]:
-    """Batches of every `size` rows, less those that cannot be decoded; the next batch is decoded meanwhile.
-
-    A batch of which nothing is left is an error where ranks are `in_step`, each with as many batches as the others.
-    """
-
-    def load(pair: _Pair) -> Tensor | None:
-        if features is not None:
-            return features.tokens(pair.shard, pair.key)
-        try:
-            return preprocess(decode(pair.image))
-        except MemoryError:  # the machine's trouble, not the image's
-            raise
-        except Exception:  # whatever an image does to its decoder, it must not cost the others
-            return None
-
-    rows = iter(rows)
-    waiting: deque[list[tuple[_Pair, Future[Tensor | None]]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        while True:
-            while len(waiting) < 2 and (chunk := list(itertools.islice(rows, size))):
-                waiting.append([(pair, pool.submit(load, pair)) for pair in chunk])
-            if not waiting:
-                return
-            loaded: list[tuple[_Pair, Tensor]] = []
-            batch = waiting.popleft()
-            for pair, future in batch:
-                if (pixels := future.result()) is None:
-                    undecodable(pair)
-                else:
-                    loaded.append((pair, pixels))
-            if loaded:
-                yield _batch(loaded, features is not None)
-            elif in_step:
-                raise UserError(f"{batch[0][0].shard}: its images cannot be decoded any more, {len(batch)} in a row")
-
-
-def _batch(loaded: list[tuple[_Pair, Tensor]], are_tokens: bool) -> PairBatch:
-    pairs = [pair for pair, _ in loaded]
-    images = torch.stack([image for _, image in loaded])
-
-    def stacked(name: str) -> Any:
-        tensors = [getattr(pair, name) for pair in pairs]
-        return None if tensors[0] is None else torch.stack(tensors)
-
-    return PairBatch(
-        keys=[pair.key for pair in pairs],
-        pixels=torch.empty(0) if are_tokens else images,
-        labels=torch.tensor([-1 if pair.label is None else pair.label for pair in pairs]),
-        ranking=stacked("ranking"),
-        score=stacked("score"),
-        tokens=images if are_tokens else None,
-    )

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchrank.data import shards
+from patchrank.data.held_out import is_held_out
 from patchrank.data.loader import Batch, ahead, batches
-from patchrank.data.pairs import PairBatch, is_held_out
+from patchrank.data.pair_batches import PairBatch
 from patchrank.data.progress import Progress
 from patchrank.data.shards import Reject, Sample, ShardError
 from patchrank.errors import UserError

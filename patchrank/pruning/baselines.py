@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchrank.data.pairs import PairBatch
+from patchrank.data.pair_batches import PairBatch
 from patchrank.errors import UserError
 from patchrank.model.tower import Tower, project
 from patchrank.pruning.predictor import Predictor, targets

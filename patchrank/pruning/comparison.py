@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchrank.data.pairs import PairBatch
+from patchrank.data.pair_batches import PairBatch
 from patchrank.model.tower import Tower
 from patchrank.pruning.baselines import Usefulness
 from patchrank.pruning.methods import UNPRUNED

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from patchrank.data import pairs
 from patchrank.data.features import Features
-from patchrank.data.pairs import PairBatch, Pairs, Partners
+from patchrank.data.join import JoinReport
+from patchrank.data.pair_batches import PairBatch, unranked
+from patchrank.data.pairs import Pairs
 from patchrank.errors import UserError
 from patchrank.model import classes, loading
 from patchrank.model.classes import CLASSES_FILE, Classes, classes_of
@@ -96,15 +98,15 @@ class RankedImages:
         yield "held-out", held_out
         if self.test:
             preprocess = self.pairs.preprocess
-            test = pairs.unranked(self.test, preprocess, EVALUATION_BATCH, self.measured, rank=rank, world=world)
+            test = unranked(self.test, preprocess, EVALUATION_BATCH, self.measured, rank=rank, world=world)
             yield "test", test
 
-    def record(self, before: Figures, after: Figures, reports: Sequence[dict[str, Partners]]) -> dict[str, Any]:
+    def record(self, before: Figures, after: Figures, reports: Sequence[dict[str, JoinReport]]) -> dict[str, Any]:
         """What both trainings keep beside the weights."""
-        found = {shard: partners for report in reports for shard, partners in report.items()}
+        found = {shard: one for report in reports for shard, one in report.items()}
         undecodable = {(shard, key) for report in reports for shard in report for key in report[shard].undecodable}
         samples = {
-            name: sum(getattr(partners, name) for partners in found.values())
+            name: sum(getattr(one, name) for one in found.values())
             for name in ("joined", "without_ranking", "without_image")
         }
         return {
@@ -112,7 +114,7 @@ class RankedImages:
             "search": self.search,
             "figures": {"before": dict(before), "after": dict(after)},
             "samples": samples | {"undecodable": len(undecodable)},
-            "errors": {shard: partners.error for shard, partners in sorted(found.items()) if partners.error},
+            "errors": {shard: one.error for shard, one in sorted(found.items()) if one.error},
         }
 
 
@@ -234,11 +236,11 @@ class PredictorTask:
             figures |= _figures(part, comparison, {UNPRUNED: "unpruned", self.name: f"at keep {self.keep:g}"})
         return figures
 
-    def report(self) -> dict[str, Partners]:
-        return self.images.pairs.partners
+    def report(self) -> dict[str, JoinReport]:
+        return self.images.pairs.reports
 
     def save(
-        self, module: nn.Module, folder: str, before: Figures, after: Figures, reports: Sequence[dict[str, Partners]]
+        self, module: nn.Module, folder: str, before: Figures, after: Figures, reports: Sequence[dict[str, JoinReport]]
     ) -> None:
         assert isinstance(module, Predictor)
         settings = {"loss": self.loss_name, "target": self.target, "keep": self.keep}
@@ -326,11 +328,11 @@ class TokensTask:
         assert self.images.classes is not None
         return self.images.classes
 
-    def report(self) -> dict[str, Partners]:
-        return self.images.pairs.partners
+    def report(self) -> dict[str, JoinReport]:
+        return self.images.pairs.reports
 
     def save(
-        self, module: nn.Module, folder: str, before: Figures, after: Figures, reports: Sequence[dict[str, Partners]]
+        self, module: nn.Module, folder: str, before: Figures, after: Figures, reports: Sequence[dict[str, JoinReport]]
     ) -> None:
         assert isinstance(module, VisualTokens)
         names = self.images.pairs.corpus.class_names

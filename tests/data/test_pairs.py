@@ -14,7 +14,9 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 from patchrank.data import pairs
-from patchrank.data.pairs import PairBatch, Pairs, is_held_out
+from patchrank.data.held_out import is_held_out
+from patchrank.data.pair_batches import PairBatch, unranked
+from patchrank.data.pairs import Pairs
 from patchrank.errors import UserError
 from patchrank.model.tower import Tower
 from patchrank.store import rankings
@@ -157,7 +159,7 @@ def test_rows_and_samples_without_a_partner_are_counted_and_cost_nothing_else(tm
     reader = Pairs(corpus, to_tensor, held_out=1.0)
     keys = keys_of(reader.held_out(size=4))
     assert keys == [f"0-{row:03d}" for row in range(10)] + [f"1-{row:03d}" for row in range(6)]
-    more, fewer = (reader.partners[uri] for uri in uris)
+    more, fewer = (reader.reports[uri] for uri in uris)
     assert (more.joined, more.without_ranking, more.without_image) == (10, 3, 0)
     assert (fewer.joined, fewer.without_ranking, fewer.without_image) == (6, 0, 4)
     assert set(keys_of(take(Pairs(corpus, to_tensor, held_out=0).batches(0, 1, size=4), 12))) == set(keys)
@@ -167,7 +169,7 @@ def test_the_samples_past_the_limit_of_the_search_are_not_read(tmp_path):
     corpus, uris = make_corpus(tmp_path, [4], tar_sizes=[9])
     corpus.settings["limit"] = 4
     reader = Pairs(corpus, to_tensor, held_out=1.0)
-    assert len(keys_of(reader.held_out(size=4))) == 4 and reader.partners[uris[0]].without_ranking == 0
+    assert len(keys_of(reader.held_out(size=4))) == 4 and reader.reports[uris[0]].without_ranking == 0
 
 
 def test_an_image_that_cannot_be_decoded_leaves_its_place_empty(tmp_path):
@@ -177,7 +179,7 @@ def test_an_image_that_cannot_be_decoded_leaves_its_place_empty(tmp_path):
     reader = Pairs(corpus, to_tensor, held_out=0)
     good = steps(whole, 1, 8, 10)
     assert steps(reader, 1, 8, 10) == [[key for key in step if key not in ("0-007", "0-021")] for step in good]
-    assert reader.partners[uris[0]].undecodable == {"0-007", "0-021"}
+    assert reader.reports[uris[0]].undecodable == {"0-007", "0-021"}
 
 
 def test_a_batch_without_one_image_that_can_be_decoded_is_an_error(tmp_path):
@@ -195,8 +197,8 @@ def test_a_damaged_shard_costs_itself_alone(tmp_path):
     seen = Counter(keys_of(take(reader.batches(0, 1, size=10), 30)))
     assert {f"0-{row:03d}" for row in range(20)} <= seen.keys()
     assert {key[0] for key in seen} == {"0", "2"}
-    assert reader.partners[uris[1]].error and "truncated" in reader.partners[uris[2]].error
-    assert reader.partners[uris[1]].without_image == 20
+    assert reader.reports[uris[1]].error and "truncated" in reader.reports[uris[2]].error
+    assert reader.reports[uris[1]].without_image == 20
 
 
 def test_a_corpus_of_which_nothing_can_be_read_is_an_error_with_the_reason(tmp_path):
@@ -254,17 +256,17 @@ def test_a_folder_without_rankings_is_refused(tmp_path):
 def test_images_that_were_never_ranked_can_be_read_too(tmp_path):
     write_shard(tmp_path / "a.tar", ["0-001", "0-002", "0-003"], broken={"0-002"})
     lost = []
-    batches = list(pairs.unranked([str(tmp_path / "a.tar")], to_tensor, 2, undecodable=lost.append))
+    batches = list(unranked([str(tmp_path / "a.tar")], to_tensor, 2, undecodable=lost.append))
     assert keys_of(batches) == ["0-001", "0-003"] and lost == ["0-002"]
     assert isinstance(batches[0], PairBatch) and batches[0].ranking is None and batches[0].labels.tolist() == [0]
-    assert keys_of(pairs.unranked([str(tmp_path / "a.tar")], to_tensor, 2, limit=1)) == ["0-001"]
-    assert keys_of(pairs.unranked([str(tmp_path / "a.tar")], to_tensor, 1)) == ["0-001", "0-003"]  # a batch is lost
+    assert keys_of(unranked([str(tmp_path / "a.tar")], to_tensor, 2, limit=1)) == ["0-001"]
+    assert keys_of(unranked([str(tmp_path / "a.tar")], to_tensor, 1)) == ["0-001", "0-003"]  # a batch is lost
     write_shard(tmp_path / "c.tar", ["1-001", "1-002", "1-003"])
     both = [str(tmp_path / "a.tar"), str(tmp_path / "c.tar")]
-    parts = [keys_of(pairs.unranked(both, to_tensor, 2, limit=5, rank=rank, world=2)) for rank in range(2)]
+    parts = [keys_of(unranked(both, to_tensor, 2, limit=5, rank=rank, world=2)) for rank in range(2)]
     assert parts == [["0-001", "0-003", "1-002"], ["1-001"]]  # "0-002" is one of the five
     with pytest.raises(UserError, match=r"b.tar: No such file"):
-        list(pairs.unranked([str(tmp_path / "b.tar")], to_tensor, 2))
+        list(unranked([str(tmp_path / "b.tar")], to_tensor, 2))
 
 
 def test_the_hash_holds_out_the_share_asked_for():

@@ -21,8 +21,8 @@ from small_model import save_model
 import patchrank
 from cluster.evaluate import EvaluationJob, run
 from patchrank.data import shards
+from patchrank.data.held_out import is_held_out
 from patchrank.data.images import decode
-from patchrank.data.pairs import is_held_out
 from patchrank.errors import UserError
 from patchrank.evaluation import evaluate, figures
 from patchrank.evaluation.evaluate import ShardEvaluator

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from patchrank.data.pairs import PairBatch
+from patchrank.data.pair_batches import PairBatch
 from patchrank.errors import UserError
 from patchrank.model.tower import Tower
 from patchrank.pruning.baselines import ClassAttention, golden, predicted, random

@@ -14,7 +14,7 @@ import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 
 import patchrank
-from patchrank.data.pairs import PairBatch
+from patchrank.data.pair_batches import PairBatch
 from patchrank.errors import UserError
 from patchrank.model.loading import tower_digest
 from patchrank.model.tower import Tower
