@@ -39,7 +39,9 @@ from patchrank.errors import UserError, run
 from patchrank.model import classes, loading
 from patchrank.model.loading import Model
 from patchrank.model.tower import Tower
-from patchrank.pruning import baselines
+from patchrank.pruning.chance import Chance
+from patchrank.pruning.class_attention import ClassAttention
+from patchrank.pruning.comparison import before_cut
 from patchrank.search.candidates import Candidates
 from patchrank.search.ranker import Progress, class_sums
 from patchrank.search.scores import predict
@@ -182,8 +184,10 @@ def row(
     full = searcher.candidates.embed(tokens, everything)  # (1, E)
     if name in (RANDOM, ATTENTION):
         batch = PairBatch([sample.key], pixels, labels, None, None)
-        method = baselines.random if name == RANDOM else baselines.ClassAttention(tower)
-        ranking, cost = method(tokens, batch).argsort(dim=1, descending=True).cpu(), []
+        selector = Chance() if name == RANDOM else ClassAttention()
+        with torch.no_grad():
+            usefulness = selector(*before_cut(tower, pixels), batch)  # (1, N)
+        ranking, cost = usefulness.argsort(dim=1, descending=True).cpu(), []
     else:
         cost = searcher.config.cost(tower.grid)
         ranking = searcher.search(pixels, labels).ranking if known is None else known[None]  # (1, N)

@@ -22,15 +22,15 @@ import torch
 from torch import nn
 
 from patchrank.errors import UserError, run
-from patchrank.evaluation import evaluate, latency
+from patchrank.evaluation import latency
 from patchrank.model import loading
 from patchrank.model.tower import default_cut
 from patchrank.pruning.bundle import Bundle
-from patchrank.pruning.methods import UNPRUNED
+from patchrank.pruning.methods import ATTENTION, MERGING, PREDICTOR, UNPRUNED
 from patchrank.pruning.predictor import PredictorConfig
-from patchrank.pruning.pruned import full_multiply_adds
+from patchrank.pruning.pruned import full_multiply_adds, pruned_tower
 
-METHODS = (evaluate.PREDICTOR, evaluate.ATTENTION, evaluate.MERGING)
+METHODS = (PREDICTOR, ATTENTION, MERGING)
 
 
 def untrained(visual: open_clip.transformer.VisionTransformer, cut: int) -> Bundle:
@@ -78,7 +78,7 @@ def main() -> int:
         cells = {}
         for keep in args.keep_rates:
             for method in METHODS:
-                tower = evaluate.pruned_tower(method, visual, cut, keep, bundle)
+                tower = pruned_tower(method, visual, cut, keep, bundle)
                 towers[f"{method} {keep}"] = tower
                 cells[f"{method} {keep}"] = (method, keep, full_multiply_adds(visual) / tower.multiply_adds())
         if args.compile:
@@ -95,7 +95,7 @@ def main() -> int:
                     f"{predicted:>11.2f}{one.speedup / predicted:>7.2f}",
                     flush=True,
                 )
-            key = f"{evaluate.PREDICTOR} {args.keep_rates[0]}"
+            key = f"{PREDICTOR} {args.keep_rates[0]}"
             with torch.no_grad():
                 share = predictor_share(bundle, towers[key], images, max(args.rounds, 5))
             print(f"{name:<10}{batch:>5}  {args.keep_rates[0]:>4g}  the predictor alone: {share:.2%} of the time")

@@ -24,14 +24,16 @@ from patchrank import __version__
 from patchrank.data import pairs, shards
 from patchrank.data.images import MAX_PIXELS
 from patchrank.errors import UserError
-from patchrank.evaluation import evaluate, figures
+from patchrank.evaluation import figures
+from patchrank.evaluation.evaluate import EvaluationConfig
 from patchrank.model import classes, loading
 from patchrank.model.classes import classes_of
 from patchrank.model.loading import Model
 from patchrank.model.tower import Tower
+from patchrank.pruning import methods
 from patchrank.pruning.bundle import Bundle
-from patchrank.pruning.methods import UNPRUNED
-from patchrank.pruning.pruned import count_multiply_adds, full_multiply_adds
+from patchrank.pruning.methods import METHODS, UNPRUNED, Need
+from patchrank.pruning.pruned import count_multiply_adds, full_multiply_adds, pruned_tower
 from patchrank.store import rankings, storage
 from patchrank.store.corpus import Rankings, tables
 from patchrank.tokens import count_kept
@@ -139,14 +141,16 @@ def run(job: EvaluationJob) -> EvaluationSummary:
             fingerprint=fingerprint,
             methods=tuple(found.methods),
             bundle=found.bundle,
-            keep_rates=tuple(job.keep_rates),
             rankings=None if corpus is None else corpus.folder,
-            classes=known.embeddings if known else None,
-            logit_scale=model.logit_scale,
-            images_per_batch=batch,
-            limit=job.limit,
-            held_out=job.held_out,
-            match=job.match,
+            config=EvaluationConfig(
+                keep_rates=tuple(job.keep_rates),
+                classes=known.embeddings if known else None,
+                logit_scale=model.logit_scale,
+                images_per_batch=batch,
+                limit=job.limit,
+                held_out=job.held_out,
+                match=job.match,
+            ),
         )
         work_through(pool, "evaluate", KIND, ray.put(plan), todo, summary, job.limit)
         summary.seconds = time.monotonic() - start
@@ -157,7 +161,7 @@ def run(job: EvaluationJob) -> EvaluationSummary:
         summary.content = _sum_up(job, found, names, uris, there, folder, pool)
         figures.write(folder, summary.content)
     if job.save_bundle and found.bundle is not None:
-        own = (UNPRUNED, evaluate.PREDICTOR, evaluate.TOKENS)
+        own = [UNPRUNED, *(name for name, entry in METHODS.items() if Need.PREDICTOR in entry.needs)]
         rows = [row for row in summary.content["figures"] if row["method"] in own]
         try:
             found.bundle.with_figures(rows).save_pretrained(job.save_bundle)
@@ -189,13 +193,8 @@ def _setting(job: EvaluationJob, model: Model, corpus: Rankings | None, dtype: t
     for flag, rates in (("--keep-rates", job.keep_rates), ("--timed-keep-rates", job.timed_keep_rates)):
         for keep in rates:
             count_kept(tower.num_tokens, keep, flag)
-    methods = evaluate.possible_methods(tower, bundle, corpus is not None)
-    if job.methods is not None:
-        methods = [name for name in evaluate.METHODS if name in job.methods]
-        if evaluate.GOLDEN in methods and corpus is None:
-            raise UserError(f"--methods {evaluate.GOLDEN}: needs --rankings")
-        evaluate.methods(job.methods, tower, bundle)
-    return _Setting(tower, model, corpus, bundle, methods)
+    chosen = methods.choose(job.methods, methods.there_is(tower.cut, bundle, corpus is not None))
+    return _Setting(tower, model, corpus, bundle, chosen)
 
 
 def _settings(job: EvaluationJob, found: _Setting, identity: str | None, names: list[str] | None) -> dict[str, Any]:
@@ -276,7 +275,7 @@ def _costs(found: _Setting) -> _Costs:
     def cost(method: str, keep: float) -> tuple[int, int]:
         if method == UNPRUNED:
             return full_multiply_adds(visual), count_multiply_adds(visual)
-        tower = evaluate.pruned_tower(method, visual, found.tower.cut, keep, bundle)
+        tower = pruned_tower(method, visual, found.tower.cut, keep, bundle)
         return tower.multiply_adds(), count_multiply_adds(tower)
 
     return cost
@@ -284,9 +283,8 @@ def _costs(found: _Setting) -> _Costs:
 
 def _latency(job: EvaluationJob, found: _Setting, pool: Pool, cost: _Costs) -> tuple[list[dict[str, Any]], str]:
     """What one actor measures, once the others have nothing to do, and what it is."""
-    timed = [name for name in found.methods if name not in (evaluate.GOLDEN, evaluate.RANDOM)]
     plan = LatencyPlan(
-        methods=tuple(timed),
+        methods=tuple(name for name in found.methods if METHODS[name].timed),
         bundle=found.bundle,
         keep_rates=tuple(job.timed_keep_rates),
         batch_sizes=tuple(job.batch_sizes),

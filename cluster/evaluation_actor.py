@@ -7,33 +7,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cluster.actor import RankingActor, Shared, check_folder, report, write
 from cluster.progress import ShardReport
-from patchrank.evaluation import evaluate, latency
-from patchrank.evaluation.evaluate import ShardEvaluator
+from patchrank.evaluation import latency
+from patchrank.evaluation.evaluate import EvaluationConfig, ShardEvaluator
+from patchrank.pruning import methods
 from patchrank.pruning.bundle import Bundle
 from patchrank.pruning.methods import UNPRUNED
+from patchrank.pruning.pruned import pruned_tower
 from patchrank.store import rankings
 
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """What an actor must know to evaluate a shard; `classes` is (K, E) or None, `rankings` a folder or None."""
+    """What an actor must know to evaluate a shard; `rankings` is a folder or None."""
 
     folder: str
     fingerprint: str
     methods: tuple[str, ...]
     bundle: Bundle | None
-    keep_rates: tuple[float, ...]
     rankings: str | None
-    classes: Tensor | None
-    logit_scale: float
-    images_per_batch: int
-    limit: int | None
-    held_out: float
-    match: int | None
+    config: EvaluationConfig
 
 
 @dataclass(frozen=True)
@@ -50,24 +46,24 @@ class LatencyPlan:
 class EvaluationActor(RankingActor):
     """Holds the tower on one device and evaluates the shards it is given."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._evaluator: ShardEvaluator | None = None  # of the one plan that an actor is given
+
+    def _evaluation(self, shared: Shared, plan: EvaluationPlan) -> ShardEvaluator:
+        tower, preprocess = self._load(shared)
+        with self._loading:
+            if self._evaluator is None:
+                made = methods.make(plan.methods, tower.device, plan.bundle)
+                corpus = None if plan.rankings is None else rankings.open(plan.rankings)
+                threads = shared.places.threads
+                self._evaluator = ShardEvaluator(tower, made, preprocess, plan.config, corpus, threads)
+            return self._evaluator
+
     def evaluate(self, shared: Shared, shard: str, plan: EvaluationPlan) -> ShardReport:
         """Evaluate a shard and write its table and its rejects. Raises OutputError where they cannot be written."""
         check_folder(plan.folder, plan.fingerprint, "evaluation")
-        tower, preprocess = self._load(shared)
-        evaluator = ShardEvaluator(
-            tower,
-            evaluate.methods(plan.methods, tower, plan.bundle),
-            plan.keep_rates,
-            preprocess,
-            plan.classes,
-            plan.logit_scale,
-            None if plan.rankings is None else rankings.open(plan.rankings),
-            plan.images_per_batch,
-            plan.limit,
-            plan.held_out,
-            plan.match,
-            shared.places.threads,
-        )
+        evaluator = self._evaluation(shared, plan)
         with self._watched(shard) as progress:
             found = evaluator.evaluate(shard, progress)
             with progress.timed("write"):
@@ -83,7 +79,7 @@ class EvaluationActor(RankingActor):
         towers: dict[tuple[str, float], nn.Module] = {(UNPRUNED, 1.0): visual}
         for name in plan.methods:
             for keep in plan.keep_rates:
-                made = evaluate.pruned_tower(name, visual, tower.cut, keep, plan.bundle)
+                made = pruned_tower(name, visual, tower.cut, keep, plan.bundle)
                 towers[name, keep] = made.to(tower.device).eval()
         names = {f"{name} {keep}": (name, keep) for name, keep in towers}
         rows: list[dict[str, Any]] = []

@@ -19,8 +19,8 @@ from cluster.evaluate import EvaluationJob, EvaluationSummary
 from cluster.evaluate import run as evaluate
 from patchrank import assets
 from patchrank.errors import UserError, run
-from patchrank.evaluation.evaluate import METHODS
 from patchrank.pruning.comparison import Row, render
+from patchrank.pruning.methods import METHODS
 from patchrank.store import rankings
 
 

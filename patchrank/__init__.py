@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from patchrank.model import loading as models
     from patchrank.pruning.bundle import Bundle
+    from patchrank.pruning.golden import Golden
     from patchrank.pruning.pruned import prune, restore
-    from patchrank.pruning.selectors import Golden
     from patchrank.store import rankings
 
 __version__ = "0.1.0"
@@ -17,7 +17,7 @@ __all__ = ["Bundle", "Golden", "models", "prune", "rankings", "restore"]
 
 _HOMES = {  # where a name is; or the module that it stands for
     "Bundle": "patchrank.pruning.bundle",
-    "Golden": "patchrank.pruning.selectors",
+    "Golden": "patchrank.pruning.golden",
     "models": "patchrank.model.loading",
     "prune": "patchrank.pruning.pruned",
     "rankings": "patchrank.store.rankings",

@@ -9,13 +9,14 @@ OUT/figures.json            what it all comes to: see `patchrank.evaluation.figu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from patchrank.data import shards
 from patchrank.data.held_out import is_held_out
@@ -23,23 +24,15 @@ from patchrank.data.loader import Batch, ahead, batches
 from patchrank.data.pair_batches import PairBatch
 from patchrank.data.progress import Progress
 from patchrank.data.shards import Reject, Sample, ShardError
-from patchrank.errors import UserError
 from patchrank.model.tower import Tower
-from patchrank.pruning import baselines, merging
-from patchrank.pruning.bundle import Bundle
-from patchrank.pruning.comparison import Method, Pruned, prune_batch
-from patchrank.pruning.methods import UNPRUNED
-from patchrank.pruning.pruned import MERGING, MergedTower, PrunedTower, pruned_multiply_adds
-from patchrank.pruning.selectors import ClassAttentionSelector, PredictorSelector, RandomSelector
+from patchrank.pruning.comparison import Pruned, Pruner
+from patchrank.pruning.methods import UNPRUNED, Method
 from patchrank.search.ranker import ShardResult, checked, overflowed
 from patchrank.search.scores import probabilities
 from patchrank.store import storage
 from patchrank.store.corpus import Rankings
-from patchrank.tokens import count_kept, matching_rate
+from patchrank.tokens import matching_rate
 
-GOLDEN, PREDICTOR, TOKENS = "golden", "predictor", "predictor-tokens"
-ATTENTION, RANDOM = "class-attention", "random"
-METHODS = (GOLDEN, PREDICTOR, TOKENS, ATTENTION, MERGING, RANDOM)
 TOP = 5
 
 
@@ -70,85 +63,27 @@ def schema(embed_dim: int) -> pa.Schema:
     )
 
 
-def possible_methods(tower: Tower, bundle: Bundle | None, ranked: bool) -> list[str]:
-    """The methods that there is all for."""
-    have = {
-        GOLDEN: ranked,
-        PREDICTOR: bundle is not None,
-        TOKENS: bundle is not None and bundle.tokens is not None,
-        ATTENTION: tower.cut > 0,
-    }
-    return [name for name in METHODS if have.get(name, True)]
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How shards are evaluated.
 
-
-def methods(names: Sequence[str], tower: Tower, bundle: Bundle | None) -> dict[str, Method]:
-    """The methods by name, on the tower's device.
-
-    Token merging is measured at as many multiply-adds as dropping tokens before the tower's cut takes.
-
-    Raises:
-        UserError: a name that is not known, or that something is missing for.
+    Attributes:
+        keep_rates: at which all methods prune.
+        classes: (K, E) normalised class embeddings, or None.
+        logit_scale: the factor on cosines before the softmax over classes.
+        images_per_batch: images at a time.
+        limit: only the first so many samples of a shard.
+        held_out: only this share of the images, those that a training with the same share leaves out.
+        match: the tokens that the matching rate looks at; as many as stay where None.
     """
-    result: dict[str, Method] = {}
-    for name in names:
-        if name not in METHODS:
-            raise UserError(f"--methods {name}: must be one of {', '.join(METHODS)}")
-        if name in (PREDICTOR, TOKENS) and (bundle is None or (name == TOKENS and bundle.tokens is None)):
-            raise UserError(f"--methods {name}: needs {'--predictor' if bundle is None else '--tokens'} or --bundle")
-        if name == GOLDEN:
-            result[name] = Method(baselines.golden)
-        elif name == ATTENTION:
-            result[name] = Method(baselines.ClassAttention(tower))
-        elif name == RANDOM:
-            result[name] = Method(baselines.random)
-        elif name == MERGING:
-            result[name] = Method(whole=_Merging(tower))
-        elif bundle is not None:
-            usefulness = baselines.predicted(bundle.predictor.to(tower.device))
-            classes = None if bundle.classes is None else bundle.classes.to(tower.device)
-            learnt = None if bundle.tokens is None else bundle.tokens.to(tower.device)
-            result[name] = Method(usefulness) if name == PREDICTOR else Method(usefulness, learnt, classes)
-    return result
 
-
-class _Merging:
-    """Towers that merge, by keep rate, each made once."""
-
-    def __init__(self, tower: Tower) -> None:
-        self.tower = tower
-        self.made: dict[float, nn.Module] = {}
-
-    def __call__(self, keep: float) -> nn.Module:
-        if keep not in self.made:
-            merged = pruned_tower(MERGING, self.tower.visual, self.tower.cut, keep)
-            assert isinstance(merged, MergedTower)
-            # Where nothing merges it would be open_clip's own forward pass, which a tower's mix of dtypes is not for.
-            self.made[keep] = merged if any(merged.merges) else self.tower
-        return self.made[keep]
-
-
-def pruned_tower(
-    name: str, visual: Any, cut: int, keep: float, bundle: Bundle | None = None
-) -> PrunedTower | MergedTower:
-    """The image tower that a method makes of another, as `patchrank.prune` does, to time it and count what it costs.
-
-    Golden rankings are not known to a tower by itself; what stays is left to chance then, at no cost either.
-
-    Raises:
-        UserError: a keep rate that leaves nothing.
-    """
-    count = count_kept(visual.grid_size[0] * visual.grid_size[1], keep)
-    schedule = {cut: count} if keep < 1 else {}
-    if name == MERGING:
-        merges = merging.merges_for(visual, pruned_multiply_adds(visual, schedule)) if schedule else []
-        return MergedTower(visual, merges)
-    if name == ATTENTION:
-        return PrunedTower(visual, schedule, ClassAttentionSelector())
-    if name in (PREDICTOR, TOKENS):
-        assert bundle is not None
-        tokens = bundle.tokens if name == TOKENS else None
-        return PrunedTower(visual, schedule, PredictorSelector(bundle.predictor), tokens, cut)
-    return PrunedTower(visual, schedule, RandomSelector())
+    keep_rates: Sequence[float]
+    classes: Tensor | None = None
+    logit_scale: float = 100.0
+    images_per_batch: int = 16
+    limit: int | None = None
+    held_out: float = 1.0
+    match: int | None = None
 
 
 class ShardEvaluator:
@@ -156,16 +91,10 @@ class ShardEvaluator:
 
     Args:
         tower: the model, on its device.
-        methods: by name.
-        keep_rates: at which all of them prune.
+        methods: by name, on the same device.
         preprocess: PIL image -> (3, H, W).
-        classes: (K, E) normalised class embeddings, or None.
-        logit_scale: the factor on cosines before the softmax over classes.
+        config: how.
         corpus: golden rankings; images that have none are rejected then, so that all methods see the same images.
-        batch: images at a time.
-        limit: only the first so many samples of a shard.
-        held_out: only this share of the images, those that a training with the same share leaves out.
-        match: the tokens that the matching rate looks at; as many as stay where None.
         threads: that decode images.
 
     Raises:
@@ -176,22 +105,15 @@ class ShardEvaluator:
         self,
         tower: Tower,
         methods: Mapping[str, Method],
-        keep_rates: Sequence[float],
         preprocess: Callable[..., Tensor],
-        classes: Tensor | None = None,
-        logit_scale: float = 100.0,
+        config: EvaluationConfig,
         corpus: Rankings | None = None,
-        batch: int = 16,
-        limit: int | None = None,
-        held_out: float = 1.0,
-        match: int | None = None,
         threads: int = 2,
     ) -> None:
-        self.counts = {keep: count_kept(tower.num_tokens, keep, "--keep-rates") for keep in keep_rates}
-        self.tower, self.methods, self.preprocess = tower, methods, preprocess
-        self.classes = None if classes is None else classes.to(tower.device)
-        self.logit_scale, self.corpus, self.batch, self.limit = logit_scale, corpus, batch, limit
-        self.held_out, self.match, self.threads = held_out, match, threads
+        self.tower, self.preprocess, self.config, self.corpus = tower, preprocess, config, corpus
+        self.threads = threads
+        self.pruner = Pruner(tower, methods, config.keep_rates)
+        self.classes = None if config.classes is None else config.classes.to(tower.device)
 
     def evaluate(self, shard: str, progress: Progress | None = None) -> ShardResult:
         """Prune the images of a shard in every way; `progress` is kept up to date meanwhile."""
@@ -205,11 +127,11 @@ class ShardEvaluator:
         golden = self._golden(shard)
         captions: dict[str, tuple[str, ...]] = {}  # of the images under way
         num_classes = None if self.classes is None else len(self.classes)
-        samples = self._wanted(checked(shards.read(shard, self.limit), num_classes, False), golden, captions)
+        samples = self._wanted(checked(shards.read(shard, self.config.limit), num_classes, False), golden, captions)
         tables, error = [self._rows(shard, [], [], [], [])], None
         overflows: list[Reject] = []  # apart: the thread that reads ahead adds to the others at any time
         try:
-            made = batches(samples, self.preprocess, self.batch, reject, self.threads)
+            made = batches(samples, self.preprocess, self.config.images_per_batch, reject, self.threads)
             for batch in ahead(made, pin=self.tower.device.type == "cuda"):
                 progress.seconds["decode"] += batch.decode_seconds
                 with progress.timed("search"):
@@ -223,12 +145,12 @@ class ShardEvaluator:
         progress.rejects = len(rejects) + len(overflows)
         return ShardResult(pa.concat_tables(tables), rejects + overflows, error)
 
-    def _golden(self, shard: str) -> dict[str, tuple[Tensor, Tensor]] | None:
-        """Ranking and score, (N,) each, by key."""
+    def _golden(self, shard: str) -> dict[str, Tensor] | None:
+        """Rankings, (N,) each, by key."""
         if self.corpus is None:
             return None
-        table = self.corpus.tensors(["ranking", "score"], shard)
-        return dict(zip(table["key"], zip(table["ranking"], table["score"], strict=True), strict=True))
+        table = self.corpus.tensors(["ranking"], shard)
+        return dict(zip(table["key"], table["ranking"], strict=True))
 
     def _wanted(
         self,
@@ -237,7 +159,7 @@ class ShardEvaluator:
         captions: dict[str, tuple[str, ...]],
     ) -> Iterator[Sample | Reject]:
         for sample in samples:
-            if self.held_out < 1 and not is_held_out(sample.key, self.held_out):
+            if self.config.held_out < 1 and not is_held_out(sample.key, self.config.held_out):
                 continue
             if isinstance(sample, Sample):
                 if golden is not None and sample.key not in golden:
@@ -250,16 +172,13 @@ class ShardEvaluator:
         self,
         shard: str,
         batch: Batch,
-        golden: Mapping[str, tuple[Tensor, Tensor]] | None,
+        golden: Mapping[str, Tensor] | None,
         captions: list[tuple[str, ...]],
     ) -> tuple[pa.Table, Tensor]:
         """The rows of the images all of whose embeddings are finite, and which of the batch those are, (B,) bool."""
-        ranking = score = None
-        if golden is not None:
-            ranking, score = (torch.stack([golden[key][which] for key in batch.keys]) for which in (0, 1))  # (B, N)
+        ranking = None if golden is None else torch.stack([golden[key] for key in batch.keys])  # (B, N)
         labels = torch.tensor([-1 if label is None else label for label in batch.labels])  # (B,)
-        pair = PairBatch(batch.keys, batch.pixels, labels, ranking, score)
-        found = list(prune_batch(self.tower, self.methods, list(self.counts), pair))
+        found = list(self.pruner.prune(PairBatch(batch.keys, batch.pixels, labels, ranking, None)))
         finite = torch.stack([cell.embeddings.isfinite().all(dim=1) for cell in found]).all(dim=0).cpu()  # (B,)
         rows = self._rows(shard, batch.keys, batch.labels, found, captions, ranking)
         return rows.filter(pa.array(finite.repeat(len(found)).numpy())), finite
@@ -286,7 +205,7 @@ class ShardEvaluator:
                 columns[name] += values
             matching: list[float | None] = [None] * size
             if ranking is not None and cell.usefulness is not None:
-                m = self.match or self.counts[cell.keep]
+                m = self.config.match or self.pruner.counts[cell.keep]
                 matching = matching_rate(cell.usefulness.cpu(), ranking, m).tolist()
             columns["matching"] += matching
             columns["kept"] += [None] * size if cell.kept is None else list(cell.kept.cpu().numpy().astype(np.uint16))
@@ -298,11 +217,11 @@ class ShardEvaluator:
 
     def _classified(self, cell: Pruned, labels: Sequence[int | None]) -> dict[str, list[Any]]:
         """`prediction`, `confidence` and `top5` of a cell, B each."""
-        own = self.methods[cell.method].classes if cell.method != UNPRUNED else None
+        own = self.pruner.methods[cell.method].classes if cell.method != UNPRUNED else None
         classes = self.classes if own is None else own
         if classes is None:
             return {name: [None] * len(labels) for name in ("prediction", "confidence", "top5")}
-        likely = probabilities(cell.embeddings, classes, self.logit_scale)  # (B, K)
+        likely = probabilities(cell.embeddings, classes, self.config.logit_scale)  # (B, K)
         confidence, top = likely.topk(min(TOP, len(classes)), dim=-1)  # (B, 5) each
         among = [None if label is None else label in row for label, row in zip(labels, top.tolist(), strict=True)]
         return {"prediction": top[:, 0].tolist(), "confidence": confidence[:, 0].tolist(), "top5": among}

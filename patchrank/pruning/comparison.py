@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from patchrank.data.pair_batches import PairBatch
-from patchrank.model.tower import Tower
-from patchrank.pruning.baselines import Usefulness
-from patchrank.pruning.methods import UNPRUNED
-from patchrank.pruning.prompts import VisualTokens
-from patchrank.tokens import count_kept, matching_rate, select, tokens_kept
+from patchrank.model.tower import Tower, run_block
+from patchrank.pruning.methods import UNPRUNED, Method
+from patchrank.tokens import count_kept, matching_rate, select
 
 _FIGURES = ("images", "labelled", "hits", "cosine", "ranked", "matching")  # the columns of `Comparison.sums`
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way of pruning.
-
-    Attributes:
-        usefulness: tells which tokens stay; all do where None.
-        tokens: learnable tokens that go along.
-        classes: (K, E) normalised class embeddings of its own, which learnable text tokens give.
-        whole: for what is no choice of tokens: the image tower, (B, 3, H, W) -> (B, E), that prunes to a keep rate.
-    """
-
-    usefulness: Usefulness | None = None
-    tokens: VisualTokens | None = None
-    classes: Tensor | None = None
-    whole: Callable[[float], Callable[[Tensor], Tensor]] | None = None
-
-    @property
-    def prunes(self) -> bool:
-        """Whether it leaves less at a lower keep rate."""
-        return self.usefulness is not None or self.whole is not None
 
 
 @dataclass(frozen=True)
@@ -59,33 +37,65 @@ class Pruned:
     kept: Tensor | None = None
 
 
-@torch.no_grad()
-def prune_batch(
-    tower: Tower, methods: Mapping[str, Method], keep_rates: Sequence[float], batch: PairBatch
-) -> Iterator[Pruned]:
-    """Prune a batch of images in every way, the unpruned one first; what is before the cut runs once for all of them.
+class Pruner:
+    """Prunes batches of images in every way at every keep rate.
 
     Args:
-        methods: by name; `UNPRUNED` is not among them.
-        keep_rates: that leave at least a token.
+        tower: the model.
+        methods: by name, on the tower's device; `UNPRUNED` is not among them.
+        keep_rates: at which all of them prune.
+
+    Attributes:
+        counts: how many tokens stay, by keep rate.
+
+    Raises:
+        UserError: a keep rate that leaves nothing, or is above 1.
     """
-    full_tokens = tower.prefix(batch.pixels)  # (B, 1 + N, D)
-    yield Pruned(UNPRUNED, 1.0, tower.suffix(full_tokens))
-    for name, method in methods.items():
-        if method.whole is not None:
-            pixels = batch.pixels.to(tower.device, tower.dtype)
-            for keep in keep_rates:
-                yield Pruned(name, keep, method.whole(keep)(pixels).to(tower.visual.proj.dtype))
-            continue
-        tokens = full_tokens if method.tokens is None else method.tokens.prefix(tower, batch.pixels)
-        if method.usefulness is None:
-            yield Pruned(name, 1.0, tower.suffix(tokens))
-            continue
-        patches = tokens[:, : 1 + tower.num_tokens]  # (B, 1 + N, D), without learnable tokens
-        usefulness = method.usefulness(patches, batch)  # (B, N)
-        for keep in keep_rates:
-            kept = select(usefulness, tokens_kept(tower.num_tokens, keep))
-            yield Pruned(name, keep, tower.suffix(tokens, kept), usefulness, kept)
+
+    def __init__(self, tower: Tower, methods: Mapping[str, Method], keep_rates: Sequence[float]) -> None:
+        self.tower, self.methods = tower, dict(methods)
+        self.counts = {keep: count_kept(tower.num_tokens, keep, "--keep-rates") for keep in keep_rates}
+        self._towers: dict[tuple[str, float], nn.Module] = {}
+        for name, method in self.methods.items():
+            for keep, count in self.counts.items():
+                if method.image_tower is None:
+                    break
+                made = method.image_tower(tower.visual, {tower.cut: count} if keep < 1 else {})
+                # An idle one is open_clip's own forward pass, which a tower's mix of dtypes is not for.
+                self._towers[name, keep] = tower if made.idle else made
+
+    @torch.no_grad()
+    def prune(self, batch: PairBatch) -> Iterator[Pruned]:
+        """A batch pruned in every way, the unpruned one first; what is before the cut runs once for all of them."""
+        tower = self.tower
+        full, before, block = before_cut(tower, batch.pixels)  # (B, 1 + N, D) twice
+        yield Pruned(UNPRUNED, 1.0, tower.suffix(full))
+        for name, method in self.methods.items():
+            if method.image_tower is not None:
+                pixels = batch.pixels.to(tower.device, tower.dtype)
+                for keep in self.counts:
+                    yield Pruned(name, keep, self._towers[name, keep](pixels).to(tower.visual.proj.dtype))
+                continue
+            tokens = full if method.tokens is None else method.tokens.prefix(tower, batch.pixels, full)
+            if method.selector is None:
+                yield Pruned(name, 1.0, tower.suffix(tokens))
+                continue
+            patches = tokens[:, : 1 + tower.num_tokens]  # (B, 1 + N, D), without learnable tokens
+            usefulness = method.selector(patches, before, block, batch)  # (B, N)
+            for keep, count in self.counts.items():
+                kept = select(usefulness, count)
+                yield Pruned(name, keep, tower.suffix(tokens, kept), usefulness, kept)
+
+
+def before_cut(tower: Tower, images: Tensor) -> tuple[Tensor, Tensor | None, Any]:
+    """What a selector is told of (B, 3, H, W) images: the tokens before the cut, (B, 1 + N, D), the same before the
+    block before it, and that block; both None at the input."""
+    if tower.cut == 0:
+        return tower.prefix(images), None, None
+    earlier = copy.copy(tower)  # shares the weights
+    earlier.cut = tower.cut - 1
+    before, block = earlier.prefix(images), tower.visual.transformer.resblocks[tower.cut - 1]
+    return run_block(block, before), before, block
 
 
 @dataclass(frozen=True)
@@ -135,29 +145,29 @@ class Comparison:
         classes: Tensor | None = None,
         m: int | None = None,
     ) -> None:
-        self.tower = tower
-        self.methods = dict(methods)
-        self.counts = {keep: count_kept(tower.num_tokens, keep, "--keep-rates") for keep in keep_rates}
+        self.pruner = Pruner(tower, methods, keep_rates)
         self.classes = classes
         self.m = m
+        rates = self.pruner.counts
         self._cells = [(UNPRUNED, 1.0)] + [
-            (name, keep) for name, method in methods.items() for keep in (self.counts if method.prunes else (1.0,))
+            (name, keep) for name, method in methods.items() for keep in (rates if method.prunes else (1.0,))
         ]
         self.sums = torch.zeros(len(self._cells), len(_FIGURES), dtype=torch.float64)
 
-    def add(self, batch: PairBatch) -> None:
-        """Prune a batch of images in every way."""
-        full = None
-        for row, pruned in enumerate(prune_batch(self.tower, self.methods, list(self.counts), batch)):
-            full = pruned.embeddings if full is None else full  # (B, E)
+    def add(self, batch: PairBatch) -> list[Pruned]:
+        """Prune a batch of images in every way, and return what that made, the unpruned one first."""
+        found = list(self.pruner.prune(batch))
+        full = found[0].embeddings  # (B, E)
+        for row, pruned in enumerate(found):
             figures = self._labelled(pruned, batch)
             cosine = F.cosine_similarity(pruned.embeddings, full).double().sum().item()
             figures |= {"images": len(full), "cosine": cosine}
             if batch.ranking is not None and pruned.usefulness is not None:
                 ranking = batch.ranking.to(full.device)
-                rates = matching_rate(pruned.usefulness, ranking, self.m or self.counts[pruned.keep])
+                rates = matching_rate(pruned.usefulness, ranking, self.m or self.pruner.counts[pruned.keep])
                 figures |= {"ranked": len(full), "matching": rates.double().sum().item()}
             self.sums[row] += torch.tensor([figures.get(figure, 0.0) for figure in _FIGURES], dtype=torch.float64)
+        return found
 
     def rows(self) -> list[Row]:
         """The figures so far, method by method in the order given, keep rate by keep rate."""
@@ -177,7 +187,8 @@ class Comparison:
         return result
 
     def _labelled(self, pruned: Pruned, batch: PairBatch) -> dict[str, float]:
-        own = self.methods[pruned.method].classes if pruned.method in self.methods else None
+        method = self.pruner.methods.get(pruned.method)
+        own = None if method is None else method.classes
         classes = self.classes if own is None else own
         if classes is None:
             return {}

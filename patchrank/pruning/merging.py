@@ -11,9 +11,58 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from open_clip.transformer import VisionTransformer
 from torch import Tensor
 
 from patchrank.model.tower import add_attended, attend, block_multiply_adds, embed_multiply_adds, project, run_mlp
+from patchrank.pruning.methods import Method
+from patchrank.pruning.pruned import full_multiply_adds, pruned_multiply_adds
+from patchrank.pruning.stand_in import Schedule, StandIn
+
+
+class MergedTower(StandIn):
+    """An open_clip image tower that merges tokens.
+
+    Args:
+        visual: as for `StandIn`.
+        merges: how many pairs become one in each block but the last.
+    """
+
+    def __init__(self, visual: VisionTransformer, merges: list[int]) -> None:
+        super().__init__(visual)
+        self.merges = merges
+
+    @property
+    def idle(self) -> bool:
+        """As `StandIn.idle`."""
+        return not any(self.merges)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embeddings, (B, 3, H, W) -> (B, E), as the original tower gives them: not normalised."""
+        visual: Any = self.original
+        if self.idle:
+            return visual(images)
+        x = visual._embeds(images)  # (B, 1 + N, D)
+        sizes = x.new_ones(x.shape[:2], dtype=torch.float32)  # (B, 1 + N)
+        blocks = visual.transformer.resblocks
+        for number, merges in enumerate(self.merges):
+            x, sizes = merge_block(blocks[number], x, sizes, merges)
+        x = last_block(blocks[-1], x, sizes)[:, 0]  # (B, D)
+        return visual.ln_post(x.to(visual.proj.dtype)) @ visual.proj
+
+    def multiply_adds(self) -> int:
+        """As `StandIn.multiply_adds`."""
+        return full_multiply_adds(self.original) if self.idle else merging_multiply_adds(self.original, self.merges)
+
+
+def image_tower(visual: VisionTransformer, schedule: Schedule) -> MergedTower:
+    """A tower that merges, at as many multiply-adds as dropping tokens by a schedule takes."""
+    return MergedTower(visual, merges_for(visual, pruned_multiply_adds(visual, schedule)) if schedule else [])
+
+
+def method(_: object = None) -> Method:
+    """As `Entry.make`."""
+    return Method(image_tower=image_tower)
 
 
 def merge_block(block: Any, x: Tensor, sizes: Tensor, merges: int) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,26 @@
-"""The ways of pruning, one line each: what the library, the evaluation, its flags and the report know of them."""
+"""The ways of pruning, a line each: what `patchrank.prune`, evaluations, their flags and reports know of them.
+
+A new one is a file beside this one, with a function `method`, and a line in `METHODS`.
+"""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from patchrank.errors import UserError
+
+if TYPE_CHECKING:  # the report reads this file, and torch takes seconds to import
+    import torch
+    from torch import Tensor
+
+    from patchrank.pruning.bundle import Bundle
+    from patchrank.pruning.prompts import VisualTokens
+    from patchrank.pruning.selector import Selector
+    from patchrank.pruning.stand_in import Schedule, StandIn
 
 UNPRUNED = "unpruned"  # the model as it is, which every comparison begins with
 GOLDEN, PREDICTOR, TOKENS = "golden", "predictor", "predictor-tokens"
@@ -21,11 +37,35 @@ class Need(Enum):
 
 
 @dataclass(frozen=True)
+class Method:
+    """A way of pruning, ready for use.
+
+    Attributes:
+        selector: tells which patch tokens stay; all do where None.
+        tokens: learnable tokens that go along.
+        classes: (K, E) normalised class embeddings of its own, which learnable text tokens give.
+        image_tower: for what is no choice of tokens: makes, of a model's image tower, one that takes about as many
+            multiply-adds as dropping tokens by a schedule does.
+    """
+
+    selector: Selector | None = None
+    tokens: VisualTokens | None = None
+    classes: Tensor | None = None
+    image_tower: Callable[[Any, Schedule], StandIn] | None = None
+
+    @property
+    def prunes(self) -> bool:
+        """Whether it leaves less at a lower keep rate."""
+        return self.selector is not None or self.image_tower is not None
+
+
+@dataclass(frozen=True)
 class Entry:
     """What is known about a method.
 
     Attributes:
         label: its name for people.
+        make: makes it, of a bundle where it needs a predictor.
         colour: in charts on a light page, and, where `dark` is None, on a dark one.
         marker, dashes: in charts, as matplotlib takes them: charts can be read without their colours.
         leading: the report is about the method with the lowest number of those that it has.
@@ -36,6 +76,7 @@ class Entry:
     """
 
     label: str
+    make: Callable[[Bundle | None], Method]
     colour: str
     marker: str
     dashes: Any
@@ -46,13 +87,74 @@ class Entry:
     timed: bool = True
 
 
+def _from(file: str, function: str = "method") -> Callable[[Bundle | None], Method]:
+    """A function of a file of this package, which is imported when it is first called."""
+    return lambda bundle: getattr(importlib.import_module(f"patchrank.pruning.{file}"), function)(bundle)
+
+
 # By name, in the order of every table and legend. The Okabe-Ito colours, which colour-blind people can tell apart; blue
 # is too dark for a dark page, black for neither. What a user would deploy leads before what bounds it.
 METHODS: dict[str, Entry] = {
-    GOLDEN: Entry("Golden ranking", "#E69F00", "o", "-", 2, needs=(Need.RANKINGS,), shown=True, timed=False),
-    PREDICTOR: Entry("Predictor", "#0072B2", "s", "-", 1, dark="#56B4E9", needs=(Need.PREDICTOR,), shown=True),
-    TOKENS: Entry("Predictor + tokens", "#009E73", "D", (0, (6, 1.5)), 0, needs=(Need.PREDICTOR, Need.TOKENS)),
-    ATTENTION: Entry("Class attention", "#D55E00", "^", (0, (4, 2)), 3, needs=(Need.BLOCK,), shown=True),
-    MERGING: Entry("Token merging", "#CC79A7", "v", (0, (4, 1.5, 1, 1.5)), 4),
-    RANDOM: Entry("Random", "#7d858f", "X", (0, (1.5, 1.5)), 5, timed=False),
+    GOLDEN: Entry(
+        "Golden ranking", _from("golden"), "#E69F00", "o", "-", 2, needs=(Need.RANKINGS,), shown=True, timed=False
+    ),
+    PREDICTOR: Entry(
+        "Predictor", _from("predicted"), "#0072B2", "s", "-", 1, dark="#56B4E9", needs=(Need.PREDICTOR,), shown=True
+    ),
+    TOKENS: Entry(
+        "Predictor + tokens",
+        _from("predicted", "with_tokens"),
+        "#009E73",
+        "D",
+        (0, (6, 1.5)),
+        0,
+        needs=(Need.PREDICTOR, Need.TOKENS),
+    ),
+    ATTENTION: Entry(
+        "Class attention", _from("class_attention"), "#D55E00", "^", (0, (4, 2)), 3, needs=(Need.BLOCK,), shown=True
+    ),
+    MERGING: Entry("Token merging", _from("merging"), "#CC79A7", "v", (0, (4, 1.5, 1, 1.5)), 4),
+    RANDOM: Entry("Random", _from("chance"), "#7d858f", "X", (0, (1.5, 1.5)), 5, timed=False),
 }
+
+
+def by_name_alone() -> list[str]:
+    """The methods that a model can be pruned by without rankings, predictor or tokens."""
+    return [name for name, entry in METHODS.items() if set(entry.needs) <= {Need.BLOCK}]
+
+
+def there_is(cut: int, bundle: Bundle | None, ranked: bool) -> set[Need]:
+    """What an evaluation has: a model cut before block `cut`, a bundle, golden rankings."""
+    have = {
+        Need.RANKINGS: ranked,
+        Need.PREDICTOR: bundle is not None,
+        Need.TOKENS: bundle is not None and bundle.tokens is not None,
+        Need.BLOCK: cut > 0,
+    }
+    return {need for need, there in have.items() if there}
+
+
+def choose(names: Sequence[str] | None, have: Collection[Need]) -> list[str]:
+    """The methods of these names, or all that there is all for where None, in the order of `METHODS`.
+
+    Raises:
+        UserError: a name that is not known, or that something is missing for.
+    """
+    if names is None:
+        return [name for name, entry in METHODS.items() if set(entry.needs) <= set(have)]
+    for name in names:
+        if name not in METHODS:
+            raise UserError(f"--methods {name}: must be one of {', '.join(METHODS)}")
+        for need in METHODS[name].needs:
+            if need not in have:
+                raise UserError(need.value.format(method=name))
+    return [name for name in METHODS if name in names]
+
+
+def make(names: Sequence[str], device: torch.device, bundle: Bundle | None = None) -> dict[str, Method]:
+    """Methods by name, on a device; the bundle moves there, too."""
+    made = {name: METHODS[name].make(None if bundle is None else bundle.to(device)) for name in names}
+    for method in made.values():
+        if method.selector is not None:
+            method.selector.to(device)
+    return made

@@ -72,12 +72,21 @@ class VisualTokens(nn.Module):
         """The visual tokens, (b, D)."""
         return self.coupling(self.text) if self.visual is None else self.visual
 
-    def prefix(self, tower: Tower, images: Tensor) -> Tensor:
-        """`Tower.prefix` with these tokens behind the patches: (B, 3, H, W) -> (B, 1 + N + b, D)."""
+    def prefix(self, tower: Tower, images: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """`Tower.prefix` with these tokens behind the patches.
+
+        Args:
+            images: (B, 3, H, W).
+            tokens: (B, 1 + N, D), what `Tower.prefix` makes of them, where that is known already.
+
+        Returns:
+            (B, 1 + N + b, D).
+        """
         if self.config.place == "input":
             return tower.prefix(images, self.extra())
-        with torch.no_grad():
-            tokens = tower.prefix(images)  # (B, 1 + N, D)
+        if tokens is None:
+            with torch.no_grad():
+                tokens = tower.prefix(images)  # (B, 1 + N, D)
         return self.append(tokens)
 
     def append(self, tokens: Tensor) -> Tensor:

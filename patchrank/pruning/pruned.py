@@ -24,24 +24,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patchrank.errors import UserError
 from patchrank.model.tower import block_multiply_adds, check_tower, default_cut, embed_multiply_adds, run_block
-from patchrank.pruning import merging
 from patchrank.pruning.bundle import Bundle
+from patchrank.pruning.methods import METHODS, RANDOM, TOKENS, Method, Need, by_name_alone
 from patchrank.pruning.prompts import VisualTokens
-from patchrank.pruning.selectors import METHODS, PredictorSelector, Selector
+from patchrank.pruning.selector import Selector
+from patchrank.pruning.stand_in import Schedule, StandIn
 from patchrank.tokens import count_kept
 
-MERGING = "token-merging"
 DEFAULT_KEEP = 0.6
 
-Schedule = dict[int, int]
-"""How many patch tokens go on, by the number of the block before which the others leave."""
 
-
-class PrunedTower(nn.Module):
-    """An open_clip image tower that drops patch tokens on the way; it stands in for `model.visual`.
+class PrunedTower(StandIn):
+    """An open_clip image tower that drops patch tokens on the way.
 
     Args:
-        visual: the tower; its modules are used as they are, none is copied or changed.
+        visual: as for `StandIn`.
         schedule: how many patch tokens go on from which block; empty leaves the model as it is.
         selector: tells which; it is asked before the first block of the schedule, and, if it can tell anew, before
             the others, too.
@@ -57,18 +54,21 @@ class PrunedTower(nn.Module):
         tokens: VisualTokens | None = None,
         cut: int | None = None,
     ) -> None:
-        super().__init__()
-        self.original = visual
+        super().__init__(visual)
         self.schedule = dict(sorted(schedule.items()))
         self.selector = selector
         self.tokens = tokens
         self.cut = cut
-        _stand_in(self, visual)
+
+    @property
+    def idle(self) -> bool:
+        """As `StandIn.idle`."""
+        return not self.schedule and self.tokens is None
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings of pruned images, (B, 3, H, W) -> (B, E), as the original tower gives them: not normalised."""
         visual: Any = self.original
-        if not self.schedule and self.tokens is None:
+        if self.idle:
             return visual(images)
         x = visual._embeds(images)  # (B, 1 + N, D)
         if x.shape[1] != 1 + _num_tokens(visual):
@@ -112,48 +112,14 @@ class PrunedTower(nn.Module):
         return torch.cat([x[:, :first], chosen], dim=1)
 
     def multiply_adds(self) -> int:
-        """Exact multiply-adds of an image, the selector's included; norms and activations are not counted."""
-        if not self.schedule and self.tokens is None:
+        """As `StandIn.multiply_adds`."""
+        if self.idle:
             return full_multiply_adds(self.original)
         chosen = 0 if self.selector is None else self.selector.multiply_adds(self.original, self.schedule)
         place = None if self.tokens is None else self.tokens.config.place
         start = None if place is None else 0 if place == "input" else self.cut
         count = 0 if self.tokens is None else self.tokens.config.count
         return pruned_multiply_adds(self.original, self.schedule, count, start) + chosen
-
-
-class MergedTower(nn.Module):
-    """An open_clip image tower that merges tokens (ToMe); it stands in for `model.visual`.
-
-    Args:
-        visual: the tower; its modules are used as they are.
-        merges: how many pairs become one in each block but the last.
-    """
-
-    def __init__(self, visual: VisionTransformer, merges: list[int]) -> None:
-        super().__init__()
-        self.original = visual
-        self.merges = merges
-        _stand_in(self, visual)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Embeddings, (B, 3, H, W) -> (B, E), as the original tower gives them: not normalised."""
-        visual: Any = self.original
-        if not any(self.merges):
-            return visual(images)
-        x = visual._embeds(images)  # (B, 1 + N, D)
-        sizes = x.new_ones(x.shape[:2], dtype=torch.float32)  # (B, 1 + N)
-        blocks = visual.transformer.resblocks
-        for number, merges in enumerate(self.merges):
-            x, sizes = merging.merge_block(blocks[number], x, sizes, merges)
-        x = merging.last_block(blocks[-1], x, sizes)[:, 0]  # (B, D)
-        return visual.ln_post(x.to(visual.proj.dtype)) @ visual.proj
-
-    def multiply_adds(self) -> int:
-        """Exact multiply-adds of an image, the matching's included; norms and activations are not counted."""
-        if not any(self.merges):
-            return full_multiply_adds(self.original)
-        return merging.merging_multiply_adds(self.original, self.merges)
 
 
 def prune(
@@ -188,11 +154,11 @@ def prune(
     visual = getattr(clip, "visual", None)
     if visual is None:
         raise UserError(f"a {type(model).__name__} cannot be pruned: it has no image tower `visual`")
-    visual = visual.original if isinstance(visual, PrunedTower | MergedTower) else visual
+    visual = visual.original if isinstance(visual, StandIn) else visual
     check_tower(visual)
     if visual.output_tokens:
         raise UserError("this model: its image tower gives all tokens away (output_tokens), so none can leave")
-    bundle, selector = _resolve(how, visual)
+    bundle, method = _resolve(how)
     if bundle is not None:
         bundle.check(visual)
     depth = len(visual.transformer.resblocks)
@@ -204,28 +170,22 @@ def prune(
     places = [cut] if blocks is None else sorted(blocks)
     if not places or (isinstance(keep, Mapping) and not keep):
         raise UserError(f"{'keep' if places else 'blocks'}: names no block before which tokens could leave")
-    tokens = None if bundle is None else copy.deepcopy(bundle.tokens)
     if multiply_adds is not None:
-        schedule = _schedule_for(visual, places, multiply_adds, selector, tokens, cut)
+        schedule = _schedule_for(visual, places, multiply_adds, method, cut)
     elif isinstance(keep, Mapping):
         schedule = _checked(visual, {int(block): _count(visual, rate) for block, rate in keep.items()})
     else:
         rate = keep if keep is not None else bundle.keep if bundle is not None else DEFAULT_KEEP
         schedule = _checked(visual, _spread(visual, places, _count(visual, rate)))
-    if selector is None:
-        target = pruned_multiply_adds(visual, schedule)
-        tower: nn.Module = MergedTower(visual, merging.merges_for(visual, target) if schedule else [])
-    else:
-        if schedule and selector.needs_a_block and min(schedule) == 0:
-            raise UserError("block 0: there is no block before it whose attention could tell which tokens stay")
-        if schedule and bundle is not None and min(schedule) != cut:
-            raise UserError(f"block {min(schedule)}: this bundle's predictor looks at the tokens before block {cut}")
-        tower = PrunedTower(visual, schedule, selector, tokens, cut)
-    weight = visual.conv1.weight
+    if schedule and method.selector is not None and method.selector.needs_a_block and min(schedule) == 0:
+        raise UserError("block 0: there is no block before it whose attention could tell which tokens stay")
+    if schedule and bundle is not None and min(schedule) != cut:
+        raise UserError(f"block {min(schedule)}: this bundle's predictor looks at the tokens before block {cut}")
+    tower = _tower(method, visual, schedule, cut)
     tower.train(visual.training)
-    for part in (selector, tokens):
+    for part in (method.selector, method.tokens):
         if part is not None:
-            part.to(weight.device)
+            part.to(visual.conv1.weight.device)
     clip.visual = tower
     return model
 
@@ -233,7 +193,7 @@ def prune(
 def restore(model: nn.Module) -> nn.Module:
     """Give a pruned model its original image tower back; one that is not pruned stays as it is. Returns the model."""
     clip: Any = model
-    if isinstance(clip.visual, PrunedTower | MergedTower):
+    if isinstance(clip.visual, StandIn):
         clip.visual = clip.visual.original
     return model
 
@@ -275,23 +235,38 @@ def count_multiply_adds(visual: nn.Module) -> int:
     return counter.get_total_flops() // 2
 
 
-def _resolve(how: Any, visual: Any) -> tuple[Bundle | None, Selector | None]:
-    """The bundle, if it is one, and the selector; none for merging."""
+def pruned_tower(name: str, visual: Any, cut: int, keep: float, bundle: Bundle | None = None) -> StandIn:
+    """The image tower that a method makes of another, as `prune` does, to time it and count what it costs.
+
+    Golden rankings are not known to a tower by itself; what stays is left to chance then, at no cost either.
+
+    Raises:
+        UserError: a keep rate that leaves nothing.
+    """
+    if Need.RANKINGS in METHODS[name].needs:
+        name = RANDOM
+    count = count_kept(_num_tokens(visual), keep)
+    return _tower(METHODS[name].make(bundle), visual, {cut: count} if keep < 1 else {}, cut)
+
+
+def _tower(method: Method, visual: Any, schedule: Schedule, cut: int) -> StandIn:
+    if method.image_tower is not None:
+        return method.image_tower(visual, schedule)
+    return PrunedTower(visual, schedule, method.selector, method.tokens, cut)
+
+
+def _resolve(how: Any) -> tuple[Bundle | None, Method]:
+    """The bundle, if it is one, and the method."""
     if isinstance(how, Selector):
-        return None, how
-    if isinstance(how, str) and how in METHODS:
-        return None, METHODS[how]()
-    if how == MERGING:
-        return None, None
+        return None, Method(how)
+    if isinstance(how, str) and how in by_name_alone():
+        return None, METHODS[how].make(None)
     if isinstance(how, str | Path | os.PathLike):
         how = Bundle.open(os.fspath(how))
     if not isinstance(how, Bundle):
-        raise UserError(f"a {type(how).__name__} does not tell how to prune: give a bundle or one of {_names()}")
-    return how, PredictorSelector(copy.deepcopy(how.predictor))  # a bundle may serve several models
-
-
-def _names() -> str:
-    return ", ".join([*METHODS, MERGING])
+        names = ", ".join(sorted(by_name_alone()))
+        raise UserError(f"a {type(how).__name__} does not tell how to prune: give a bundle or one of {names}")
+    return how, METHODS[TOKENS].make(copy.deepcopy(how))  # a bundle may serve several models
 
 
 def _num_tokens(visual: Any) -> int:
@@ -327,8 +302,7 @@ def _schedule_for(
     visual: Any,
     blocks: Sequence[int],
     share: float,
-    selector: Selector | None,
-    tokens: VisualTokens | None,
+    method: Method,
     cut: int,
 ) -> Schedule:
     """The schedule that keeps most tokens within a share of the unpruned model's multiply-adds."""
@@ -337,15 +311,8 @@ def _schedule_for(
     budget = share * full_multiply_adds(visual)
     for kept in range(_num_tokens(visual), 0, -1):
         schedule = _checked(visual, _spread(visual, blocks, kept))
-        if PrunedTower(visual, schedule, selector, tokens, cut).multiply_adds() <= budget:
+        if PrunedTower(visual, schedule, method.selector, method.tokens, cut).multiply_adds() <= budget:
             return schedule
     raise UserError(
         f"multiply_adds {share}: cannot be met, even one token takes more; let tokens leave before an earlier block"
     )
-
-
-def _stand_in(tower: nn.Module, visual: nn.Module) -> None:
-    """What open_clip and its users ask an image tower for: image_size, preprocess_cfg, output_dim and the like."""
-    for name, value in vars(visual).items():
-        if not name.startswith("_") and name != "training":
-            setattr(tower, name, value)

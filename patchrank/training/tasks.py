@@ -22,9 +22,9 @@ from patchrank.model.classes import CLASSES_FILE, Classes, classes_of
 from patchrank.model.loading import Model
 from patchrank.model.tower import Tower
 from patchrank.pruning import predictor, prompts
-from patchrank.pruning.baselines import predicted
-from patchrank.pruning.comparison import Comparison, Method
-from patchrank.pruning.methods import UNPRUNED
+from patchrank.pruning.comparison import Comparison
+from patchrank.pruning.methods import UNPRUNED, Method
+from patchrank.pruning.predicted import Predicted
 from patchrank.pruning.predictor import LOSSES, TARGETS, Predictor, PredictorConfig
 from patchrank.pruning.prompts import PromptedText, TokensConfig, VisualTokens
 from patchrank.store import rankings, storage
@@ -211,21 +211,17 @@ class PredictorTask:
         return LOSSES[self.loss_name](prediction, target)
 
     def evaluate(self, module: nn.Module, rank: int, world: int, add: Callable[[Tensor], Tensor]) -> Figures:
+        assert isinstance(module, Predictor)
         figures: dict[str, float] = {}
         for part, batches in self.images.parts(rank, world):
             taus = torch.zeros(2, dtype=torch.float64)  # sum and count
-
-            def usefulness(tokens: Tensor, batch: PairBatch, taus: Tensor = taus) -> Tensor:
-                scores = module(tokens)
-                if batch.ranking is not None:
-                    tau = kendall_tau(scores, batch.ranking.to(scores.device))  # (B,)
-                    taus += torch.tensor([tau.double().sum().item(), len(tau)])
-                return scores
-
-            methods = {self.name: Method(usefulness)}
+            methods = {self.name: Method(Predicted(module))}
             comparison = Comparison(self.images.tower, methods, [self.keep], self.images.classes)
             for batch in batches:
-                comparison.add(batch)
+                usefulness = comparison.add(batch)[-1].usefulness  # (B, N)
+                if batch.ranking is not None and usefulness is not None:
+                    tau = kendall_tau(usefulness, batch.ranking.to(usefulness.device))  # (B,)
+                    taus += torch.tensor([tau.double().sum().item(), len(tau)])
             comparison.sums, (tau, count) = add(comparison.sums), add(taus).tolist()
             if count:
                 matching = comparison.rows()[-1].matching
@@ -310,8 +306,8 @@ class TokensTask:
         assert isinstance(module, VisualTokens)
         figures: dict[str, float] = {}
         for part, batches in self.images.parts(rank, world):
-            usefulness = predicted(self.predictor)
-            methods = {"pruned": Method(usefulness), self.name: Method(usefulness, module, self._classes(module))}
+            selector = Predicted(self.predictor)
+            methods = {"pruned": Method(selector), self.name: Method(selector, module, self._classes(module))}
             comparison = Comparison(self.images.tower, methods, [self.keep], self.images.classes)
             for batch in batches:
                 comparison.add(batch)

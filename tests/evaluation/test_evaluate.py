@@ -24,13 +24,15 @@ from patchrank.data import shards
 from patchrank.data.held_out import is_held_out
 from patchrank.data.images import decode
 from patchrank.errors import UserError
-from patchrank.evaluation import evaluate, figures
-from patchrank.evaluation.evaluate import ShardEvaluator
+from patchrank.evaluation import figures
+from patchrank.evaluation.evaluate import EvaluationConfig, ShardEvaluator
 from patchrank.model import loading
 from patchrank.model.loading import tower_digest
 from patchrank.model.tower import Tower
+from patchrank.pruning import methods
 from patchrank.pruning.bundle import Bundle
-from patchrank.pruning.comparison import Method
+from patchrank.pruning.merging import MergedTower
+from patchrank.pruning.methods import Method
 from patchrank.pruning.predictor import PredictorConfig
 from patchrank.pruning.prompts import TokensConfig
 from patchrank.report import data as report_data
@@ -278,9 +280,15 @@ def test_where_no_shard_can_be_read_the_reason_is_told(data, address, tmp_path):
 def test_an_image_that_overflows_in_one_way_of_pruning_is_rejected(data):
     model = loading.load(f"local-dir:{data / 'model'}")
     tower = Tower(model.visual)
-    one = Method(whole=lambda keep: lambda pixels: tower(pixels).index_fill(0, torch.tensor([2]), math.inf))
-    methods = {"merging": one} | evaluate.methods(["random"], tower, None)
-    found = ShardEvaluator(tower, methods, [0.5], model.preprocess(), batch=8).evaluate(str(data / "images-0.tar"))
+
+    class Overflows(MergedTower):
+        def forward(self, images):
+            return super().forward(images).index_fill(0, torch.tensor([2]), math.inf)
+
+    one = Method(image_tower=lambda visual, schedule: Overflows(visual, [1, 1, 1]))
+    chosen = {"merging": one} | methods.make(["random"], tower.device)
+    config = EvaluationConfig([0.5], images_per_batch=8)
+    found = ShardEvaluator(tower, chosen, model.preprocess(), config).evaluate(str(data / "images-0.tar"))
     assert set(found.table["key"].to_pylist()) == {f"0-{number}" for number in range(8) if number != 2}
     assert len(found.table) == 7 * 3 and all(math.isfinite(value) for value in found.table["cosine"].to_pylist())
     assert [(reject.key, "float32" in reject.reason) for reject in found.rejects] == [("0-8", False), ("0-2", True)]
@@ -289,18 +297,18 @@ def test_an_image_that_overflows_in_one_way_of_pruning_is_rejected(data):
 def test_at_keep_1_every_way_of_pruning_leaves_a_tower_of_low_precision_as_it_is(data):
     model = loading.load(f"local-dir:{data / 'model'}")
     tower = Tower(model.visual, dtype=torch.bfloat16)
-    methods = evaluate.methods(["random", "class-attention", "token-merging"], tower, None)
-    found = ShardEvaluator(tower, methods, [1.0], model.preprocess()).evaluate(str(data / "images-0.tar"))
+    chosen = methods.make(["random", "class-attention", "token-merging"], tower.device)
+    evaluator = ShardEvaluator(tower, chosen, model.preprocess(), EvaluationConfig([1.0]))
+    found = evaluator.evaluate(str(data / "images-0.tar"))
     assert len(found.table) == 8 * 4 and min(found.table["cosine"].to_pylist()) > 0.9999
 
 
 def test_held_out_images_alone_and_images_without_a_ranking(data, tmp_path):
     model = loading.load(f"local-dir:{data / 'model'}")
     tower = Tower(model.visual)
-    methods = evaluate.methods(["golden"], tower, None)
+    golden, config = methods.make(["golden"], tower.device), EvaluationConfig([0.5], held_out=0.5)
     corpus = rankings.open(str(data / "rankings"))
-    shared = (tower, methods, [0.5], model.preprocess())
-    found = ShardEvaluator(*shared, corpus=corpus, held_out=0.5).evaluate(str(data / "images-0.tar"))
+    found = ShardEvaluator(tower, golden, model.preprocess(), config, corpus).evaluate(str(data / "images-0.tar"))
     keys = {key for key in (f"0-{number}" for number in range(8)) if is_held_out(key, 0.5)}
     assert 0 < len(keys) < 8 and set(found.table["key"].to_pylist()) == keys
     assert found.table["prediction"].null_count == len(found.table)  # without classes
@@ -308,8 +316,8 @@ def test_held_out_images_alone_and_images_without_a_ranking(data, tmp_path):
     cut = tmp_path / "images-0.tar"
     content = (data / "images-0.tar").read_bytes()
     cut.write_bytes(content[: content.index(b"0-6.png")])
-    chance = (tower, evaluate.methods(["random"], tower, None), [0.5], model.preprocess())
-    found = ShardEvaluator(*chance).evaluate(str(cut))
+    chance = methods.make(["random"], tower.device)
+    found = ShardEvaluator(tower, chance, model.preprocess(), EvaluationConfig([0.5])).evaluate(str(cut))
     assert "truncated" in found.error and len(set(found.table["key"].to_pylist())) >= 5
 
 

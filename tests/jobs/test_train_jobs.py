@@ -23,9 +23,8 @@ from cluster.rank import SearchJob, search
 from patchrank.data import shards
 from patchrank.data.images import decode
 from patchrank.errors import UserError
-from patchrank.evaluation import evaluate
 from patchrank.model import classes
-from patchrank.pruning import predictor, prompts
+from patchrank.pruning import methods, predictor, prompts
 from patchrank.pruning.bundle import Bundle
 from patchrank.pruning.comparison import Comparison
 from patchrank.pruning.prompts import PromptedText, TokensConfig
@@ -179,8 +178,8 @@ def test_text_tokens_bring_their_class_embeddings(data, untrained, tmp_path):
     assert tokens.text is not None and tokens.text.shape == (4, 8)
     assert record["class_names"] == CLASSES and record["samples"]["joined"] == 80
     bundle = Bundle.from_training(model, str(untrained / "same"), str(tmp_path))
-    methods = evaluate.methods(["predictor-tokens"], images.tower, bundle)
-    comparison = Comparison(images.tower, methods, [0.5], images.classes)
+    made = methods.make(["predictor-tokens"], images.tower.device, bundle)
+    comparison = Comparison(images.tower, made, [0.5], images.classes)
     for batch in images.pairs.held_out(64):
         comparison.add(batch)
     assert comparison.rows()[-1].top1 == after["held-out/top-1 at keep 0.5 with tokens"]

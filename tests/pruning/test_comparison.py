@@ -6,12 +6,14 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from test_baselines import make_batch
+from test_selectors import make_batch
 
 from patchrank.errors import UserError
 from patchrank.model.tower import Tower
-from patchrank.pruning.baselines import golden, random
-from patchrank.pruning.comparison import Comparison, Method, render
+from patchrank.pruning.chance import Chance
+from patchrank.pruning.comparison import Comparison, render
+from patchrank.pruning.golden import Golden
+from patchrank.pruning.methods import Method
 from patchrank.pruning.prompts import TokensConfig, VisualTokens
 from patchrank.tokens import matching_rate
 
@@ -35,7 +37,7 @@ def setting(small_clip):
 
 def test_rows_equal_the_loop_over_images(setting):
     model, tower, classes, batches = setting
-    comparison = Comparison(tower, {"golden": Method(golden), "random": Method(random)}, KEEP_RATES, classes)
+    comparison = Comparison(tower, {"golden": Method(Golden()), "random": Method(Chance())}, KEEP_RATES, classes)
     for batch in batches:
         comparison.add(batch)
     rows = comparison.rows()
@@ -48,7 +50,8 @@ def test_rows_equal_the_loop_over_images(setting):
     for row in rows[1:]:
         cosines, hits, labelled, matching = [], 0, 0, []
         for batch in batches:
-            usefulness = (golden if row.method == "golden" else random)(torch.zeros(len(batch.keys), 21, 8), batch)
+            selector = Golden() if row.method == "golden" else Chance()
+            usefulness = selector(torch.zeros(len(batch.keys), 21, 8), None, None, batch)
             count = round(20 * row.keep)
             matching += matching_rate(usefulness, batch.ranking, count).tolist()
             for image, values in zip(range(len(batch.keys)), usefulness.tolist(), strict=True):
@@ -69,7 +72,7 @@ def test_rows_equal_the_loop_over_images(setting):
 
 def test_sums_of_parts_add_up(setting):
     _, tower, classes, batches = setting
-    parts = [Comparison(tower, {"random": Method(random)}, KEEP_RATES, classes, m=7) for _ in range(3)]
+    parts = [Comparison(tower, {"random": Method(Chance())}, KEEP_RATES, classes, m=7) for _ in range(3)]
     for part, batch in zip(parts[:2], batches, strict=True):
         part.add(batch)
         parts[2].add(batch)
@@ -80,19 +83,23 @@ def test_sums_of_parts_add_up(setting):
 
 def test_learnable_tokens_and_class_embeddings_of_a_method(setting):
     _, tower, classes, batches = setting
+    shapes = []
+
+    class Watched(Chance):
+        def forward(self, tokens, *others):
+            shapes.append(tokens.shape)
+            return super().forward(tokens, *others)
+
     tokens = VisualTokens(TokensConfig(32, count=3))
     with torch.no_grad():
         tokens.visual.mul_(50)
     methods = {
-        "plain": Method(golden),
-        "tokens": Method(golden, tokens),
-        "turned": Method(golden, None, classes.roll(1, dims=0)),
+        "plain": Method(Golden()),
+        "tokens": Method(Golden(), tokens),
+        "turned": Method(Golden(), None, classes.roll(1, dims=0)),
         "unpruned with tokens": Method(None, tokens),
-        "random with tokens": Method(
-            lambda patches, batch: shapes.append(patches.shape) or random(patches, batch), tokens
-        ),
+        "random with tokens": Method(Watched(), tokens),
     }
-    shapes = []
     comparison = Comparison(tower, methods, [0.5], classes)
     comparison.add(batches[0])
     unpruned, plain, with_tokens, turned, unpruned_with_tokens, _ = comparison.rows()
@@ -107,7 +114,7 @@ def test_learnable_tokens_and_class_embeddings_of_a_method(setting):
 
 def test_without_classes_or_rankings_their_figures_are_missing(setting):
     _, tower, _, _ = setting
-    comparison = Comparison(tower, {"random": Method(random)}, [0.5])
+    comparison = Comparison(tower, {"random": Method(Chance())}, [0.5])
     comparison.add(make_batch("ab", ranked=False))
     row = comparison.rows()[1]
     assert row.top1 is None and row.matching is None and -1 <= row.cosine <= 1
@@ -117,12 +124,12 @@ def test_without_classes_or_rankings_their_figures_are_missing(setting):
 @pytest.mark.parametrize("keep", [0, 0.01, 1.5])
 def test_a_keep_rate_that_leaves_nothing_is_refused(setting, keep):
     with pytest.raises(UserError, match=f"--keep-rates {keep}: must be at most 1 and leave at least one of 20 tokens"):
-        Comparison(setting[1], {"random": Method(random)}, [0.5, keep])
+        Comparison(setting[1], {"random": Method(Chance())}, [0.5, keep])
 
 
 def test_the_table_has_a_line_a_method_and_a_column_a_keep_rate(setting):
     _, tower, classes, batches = setting
-    comparison = Comparison(tower, {"golden": Method(golden), "random": Method(random)}, KEEP_RATES, classes)
+    comparison = Comparison(tower, {"golden": Method(Golden()), "random": Method(Chance())}, KEEP_RATES, classes)
     comparison.add(batches[0])
     accuracy, cosine, matching = (block.splitlines() for block in render(comparison.rows()).split("\n\n"))
     assert accuracy[0].split() == ["top-1,", "%", "keep", "0.8", "keep", "0.5", "keep", "0.25"]

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import patchrank
-from patchrank.pruning.merging import merge, merges_for, merging_multiply_adds
-from patchrank.pruning.pruned import MergedTower, count_multiply_adds, full_multiply_adds, pruned_multiply_adds
+from patchrank.pruning.merging import MergedTower, merge, merge_block, merges_for, merging_multiply_adds
+from patchrank.pruning.pruned import count_multiply_adds, full_multiply_adds, pruned_multiply_adds
 
 
 def slow_merge(x, sizes, metric, merges):
@@ -58,7 +58,7 @@ def test_a_token_that_stands_for_two_patches_is_attended_to_twice(small_clip):
     x = torch.randn(2, 6, 32)
     x[:, 3] = x[:, 4] = x[:, 5]
     block = visual.transformer.resblocks[0]
-    merged, sizes = patchrank.pruning.merging.merge_block(block, x[:, :4], torch.tensor([[1.0, 1, 1, 3]] * 2), 0)
+    merged, sizes = merge_block(block, x[:, :4], torch.tensor([[1.0, 1, 1, 3]] * 2), 0)
     torch.testing.assert_close(merged, block(x)[:, :4])
     assert sizes.tolist() == [[1, 1, 1, 3]] * 2
 

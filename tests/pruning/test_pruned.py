@@ -14,12 +14,12 @@ import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 
 import patchrank
-from patchrank.data.pair_batches import PairBatch
 from patchrank.errors import UserError
 from patchrank.model.loading import tower_digest
 from patchrank.model.tower import Tower
-from patchrank.pruning import baselines
 from patchrank.pruning.bundle import Bundle
+from patchrank.pruning.class_attention import ClassAttention
+from patchrank.pruning.comparison import before_cut
 from patchrank.pruning.predictor import Predictor, PredictorConfig
 from patchrank.pruning.prompts import TokensConfig, VisualTokens
 from patchrank.pruning.pruned import count_multiply_adds, full_multiply_adds
@@ -104,7 +104,7 @@ def test_class_attention_and_random_and_golden(small_clip, images, tmp_path):
     model = small_clip()
     tower = Tower(model.visual)
     tokens = tower.prefix(images)
-    usefulness = baselines.ClassAttention(tower)(tokens, PairBatch(list("abcde"), images, torch.zeros(5), None, None))
+    usefulness = ClassAttention()(*before_cut(tower, images))
     patchrank.prune(model, "class-attention", keep=0.5)
     torch.testing.assert_close(model.encode_image(images), tower.suffix(tokens, select(usefulness, 10)))
 

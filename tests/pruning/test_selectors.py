@@ -1,4 +1,4 @@
-"""Class-token attention, random numbers and golden rankings behind the predictor's interface."""
+"""What tells which tokens stay: class-token attention, chance, golden rankings, a predictor."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import torch
 from patchrank.data.pair_batches import PairBatch
 from patchrank.errors import UserError
 from patchrank.model.tower import Tower
-from patchrank.pruning.baselines import ClassAttention, golden, predicted, random
-from patchrank.pruning.predictor import Predictor, PredictorConfig
+from patchrank.pruning.chance import Chance
+from patchrank.pruning.class_attention import ClassAttention
+from patchrank.pruning.comparison import before_cut
+from patchrank.pruning.golden import Golden
 
 
 def make_batch(keys, pixels=None, ranked=True):
@@ -44,7 +46,9 @@ def test_class_attention_is_that_of_the_models_last_block_before_the_cut(small_c
         if vision:
             query, key = block.attn.ln_q(query), block.attn.ln_k(key)
         expected += torch.einsum("bd,bnd->bn", query, key).div(8**0.5).softmax(dim=1)[:, 1:] / 4
-    found = ClassAttention(tower)(tower.prefix(batch.pixels), batch)
+    tokens, before, block_before = before_cut(tower, batch.pixels)
+    assert torch.equal(tokens, tower.prefix(batch.pixels))
+    found = ClassAttention()(tokens, before, block_before)
     torch.testing.assert_close(found, expected)
     if not vision:
         weights = block.attn(x, x, x, need_weights=True)[1]  # (2, 21, 21), the mean over heads
@@ -52,13 +56,12 @@ def test_class_attention_is_that_of_the_models_last_block_before_the_cut(small_c
     assert tower.cut == cut
 
 
-def test_class_attention_needs_a_block_before_the_cut(small_clip):
-    with pytest.raises(UserError, match="--cut 0: there is no block before the cut"):
-        ClassAttention(Tower(small_clip().visual, cut=0))
-
-
 def test_random_depends_on_the_key_alone():
     tokens = torch.zeros(3, 1 + 20, 8)
+
+    def random(tokens, batch):
+        return Chance()(tokens, None, None, batch)
+
     found = random(tokens, make_batch(["a", "b", "c"]))
     again = random(tokens.flip(0), make_batch(["c", "b", "a"]))
     assert found.shape == (3, 20) and torch.equal(found, again.flip(0))
@@ -68,14 +71,7 @@ def test_random_depends_on_the_key_alone():
 
 def test_golden_gives_the_ranking_back_and_refuses_images_without_one():
     batch = make_batch("abc")
-    usefulness = golden(torch.zeros(3, 21, 8), batch)
+    usefulness = Golden()(torch.zeros(3, 21, 8), None, None, batch)
     assert torch.equal(usefulness.argsort(dim=1, descending=True), batch.ranking)
     with pytest.raises(UserError, match=r"these images have no golden rankings; run jobs/search\.py"):
-        golden(torch.zeros(3, 21, 8), make_batch("abc", ranked=False))
-
-
-def test_a_predictor_has_the_same_interface(small_clip):
-    tower, batch = Tower(small_clip().visual), make_batch("ab")
-    predictor = Predictor(PredictorConfig(tower.grid, tower.width, width=8))
-    tokens = tower.prefix(batch.pixels)
-    assert torch.equal(predicted(predictor)(tokens, batch), predictor(tokens))
+        Golden()(torch.zeros(3, 21, 8), None, None, make_batch("abc", ranked=False))

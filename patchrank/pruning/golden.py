@@ -1,0 +1,82 @@
+"""Pruning by golden rankings: what a perfect predictor would do."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchrank.data.pair_batches import PairBatch
+from patchrank.errors import UserError
+from patchrank.pruning.methods import Method
+from patchrank.pruning.selector import Selector
+from patchrank.store import rankings
+from patchrank.store.corpus import Rankings
+
+
+class Golden(Selector):
+    """Golden rankings of images that were searched, which have to be named:
+
+    golden = patchrank.Golden("rankings")
+    patchrank.prune(model, golden, keep=0.6)
+    with golden.of(keys):
+        embeddings = model.encode_image(images)
+
+    Args:
+        folder: of the rankings; all of them are kept in memory, 2 N bytes an image. None where every batch has its own,
+            as in an evaluation.
+
+    Raises:
+        UserError: no rankings there, or two of one key.
+    """
+
+    def __init__(self, folder: str | Rankings | None = None) -> None:
+        super().__init__()
+        self._current: Tensor | None = None
+        self._rows: dict[str, int] = {}
+        self.folder: str | None = None
+        if folder is None:
+            return
+        corpus = rankings.open(folder) if isinstance(folder, str) else folder
+        self.folder = corpus.folder
+        found = corpus.tensors(["ranking"])
+        self._rows = {key: row for row, key in enumerate(found["key"])}
+        if len(self._rows) < len(found["key"]):
+            raise UserError(f"{corpus.folder}: several images share a key, so a key does not tell the ranking")
+        self._rankings = found["ranking"].to(torch.int16 if corpus.num_tokens < 2**15 else torch.int32)  # (images, N)
+
+    @contextlib.contextmanager
+    def of(self, keys: Sequence[str]) -> Iterator[None]:
+        """The images of the next calls, in their order. Raises UserError for a key without a ranking."""
+        missing = [key for key in keys if key not in self._rows]
+        if missing:
+            raise UserError(f"{self.folder}: holds no ranking of {missing[0]!r}")
+        self._current = self._rankings[[self._rows[key] for key in keys]].long()  # (B, N)
+        try:
+            yield
+        finally:
+            self._current = None
+
+    def forward(self, tokens: Tensor, before: Tensor | None, block: Any, batch: PairBatch | None = None) -> Tensor:
+        """As `Selector.forward`; raises UserError where the images have no rankings, or those named are not as many."""
+        ranking, shape = self._current, (tokens.shape[0], tokens.shape[1] - 1)
+        if batch is not None:
+            ranking = batch.ranking
+            if ranking is None:
+                raise UserError("these images have no golden rankings; run jobs/search.py on their shards first")
+        elif ranking is None or tuple(ranking.shape) != shape:
+            named = "none" if ranking is None else " x ".join(map(str, ranking.shape))
+            raise UserError(
+                f"golden rankings of {named} named for {shape[0]} images of {shape[1]} tokens: "
+                "encode them inside `with golden.of(keys):`, a key an image"
+            )
+        places = torch.arange(shape[1], 0, -1, device=tokens.device).expand(shape)  # (B, N), the best highest
+        return torch.zeros_like(places).scatter(1, ranking.to(tokens.device), places)
+
+
+def method(_: object = None) -> Method:
+    """As `Entry.make`."""
+    return Method(Golden())
