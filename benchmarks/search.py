@@ -107,7 +107,7 @@ def main() -> int:
     one_shot = Searcher(tower, SearchConfig(steps=1, rank_by="scores"), chunk=args.chunk)
     chunk = default.candidates.chunk
     with torch.inference_mode():
-        tokens = tower.prefix(images)  # (B, 1 + N, D)
+        tokens = tower.prefix(images)  # (B, p + N, D)
         full = tower.suffix(tokens)  # (B, E)
     n = tower.num_tokens
     sequences = torch.randn(chunk, n, tower.width, device=device, dtype=dtype)  # n - 1 patches and the class token
@@ -142,12 +142,12 @@ def main() -> int:
 
     cost = default.config.cost(tower.grid)
     candidates = {"default": sum(step.candidates for step in cost), "one-shot": n, "authors": n}  # an image
-    hidden = visual.transformer.resblocks[0].mlp.c_fc.out_features
-    block = (4 * tower.width**2 + 2 * tower.width * hidden) * n + 2 * n * n * tower.width
+    adapter = tower.adapter
+    open_clip_pass = adapter.depth * adapter.block_multiply_adds(n) + adapter.readout_multiply_adds(n)  # of a sequence
     work = {  # multiply-adds
         "default": args.images * sum(step.candidates * tower.suffix_multiply_adds(step.kept) for step in cost),
         "one-shot": args.images * n * tower.suffix_multiply_adds(n - 1),
-        "open_clip": batches * chunk * (len(visual.transformer.resblocks) * block + tower.width * tower.embed_dim),
+        "open_clip": batches * chunk * open_clip_pass,
         "product": products * side**3,
     }
 

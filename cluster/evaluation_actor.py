@@ -13,6 +13,7 @@ from cluster.actor import RankingActor, Shared, check_folder, report, write
 from cluster.progress import ShardReport
 from patchrank.evaluation import latency
 from patchrank.evaluation.evaluate import EvaluationConfig, ShardEvaluator
+from patchrank.model.kinds import adapt
 from patchrank.pruning import methods
 from patchrank.pruning.bundle import Bundle
 from patchrank.pruning.methods import UNPRUNED
@@ -74,8 +75,7 @@ class EvaluationActor(RankingActor):
         """Seconds a batch and speed-up of every method at every keep rate and batch size, and the device's name."""
         tower, _ = self._load(shared)
         visual = copy.deepcopy(tower.visual)
-        visual.ln_post.to(tower.dtype)  # open_clip's own forward pass runs in one dtype
-        visual.proj.data = visual.proj.data.to(tower.dtype)
+        adapt(visual).unprepare()
         towers: dict[tuple[str, float], nn.Module] = {(UNPRUNED, 1.0): visual}
         for name in plan.methods:
             for keep in plan.keep_rates:

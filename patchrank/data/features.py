@@ -29,7 +29,7 @@ STALE = 24 * 3600  # seconds after which a file that is still not finished is a 
 
 
 class Features:
-    """The tokens of the images of shards: (1 + N, D) each, in the tower's dtype, one file a shard.
+    """The tokens of the images of shards: (p + N, D) each, in the tower's dtype, one file a shard.
 
     A shard's file is made when one of its images is first asked for, whole or not at all, so a training that is stopped
     loses one shard's work at most. It takes N * D * 2 bytes an image in bfloat16: 300 KB for ViT-B/16 at 224 px, twice
@@ -66,7 +66,7 @@ class Features:
         self._lock = threading.Lock()
 
     def tokens(self, shard: str, key: str) -> Tensor | None:
-        """The tokens of an image, (1 + N, D); None where it cannot be decoded. Can be called from several threads.
+        """The tokens of an image, (p + N, D); None where it cannot be decoded. Can be called from several threads.
 
         Raises:
             UserError: the shard cannot be read to its end, or the folder not be written.
@@ -103,14 +103,14 @@ class Features:
             try:
                 for batch in batches(read(shard, self.limit), self.preprocess, self.size, reject):
                     keys += batch.keys
-                    tokens = self.tower.prefix(batch.pixels).cpu().contiguous()  # (B, 1 + N, D)
+                    tokens = self.tower.prefix(batch.pixels).cpu().contiguous()  # (B, p + N, D)
                     raw.write(tokens.view(torch.uint8).numpy().data)
             except ShardError as error:
                 raise UserError(f"{shard}: {error}; --cache-features takes whole shards alone") from None
             raw.flush()
             dtype = self.tower.dtype
             tokens = torch.frombuffer(mmap.mmap(raw.fileno(), 0), dtype=dtype) if keys else torch.empty(0, dtype=dtype)
-            tokens = tokens.view(len(keys), 1 + self.tower.num_tokens, self.tower.width)
+            tokens = tokens.view(len(keys), self.tower.length, self.tower.width)
             try:
                 with storage.replacing(path) as temporary:
                     save_file({"tokens": tokens}, temporary, {"keys": json.dumps(keys)})

@@ -25,6 +25,7 @@ from patchrank.model.tower import Tower
 
 TARGETS = ("rank", "score")
 NAME = "predictor"  # of its files
+PREFIX_TOKENS = 1  # of the towers that predictors are for: the class token
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class PredictorConfig:
         """N, the number of patch tokens."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def mixed_tokens(self) -> int:
+        """T, the number of tokens that are mixed."""
+        return self.num_tokens + (PREFIX_TOKENS if self.class_token else 0)
+
 
 class Predictor(nn.Module):
     """Usefulness of patch tokens. It works in the dtype of its weights.
@@ -64,27 +70,27 @@ class Predictor(nn.Module):
         self.norm = nn.LayerNorm(config.input_width)  # a few channels of CLIP's tokens are a hundred times the others
         self.project = nn.Linear(config.input_width, width) if config.width else nn.Identity()
         self.channels = _mlp(width, config.expansion)
-        self.positions = _mlp(config.num_tokens + config.class_token, config.expansion)
+        self.positions = _mlp(config.mixed_tokens, config.expansion)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Usefulness of each patch token, high = keep.
 
         Args:
-            tokens: (B, 1 + N + b, D), any floating dtype, as `Tower.prefix` gives them; the last b are not looked at.
+            tokens: (B, p + N + b, D), any floating dtype, as `Tower.prefix` gives them; the last b are not looked at.
 
         Returns:
             (B, N) float32.
         """
-        first = 0 if self.config.class_token else 1
-        x = tokens[:, first : 1 + self.config.num_tokens].to(self.norm.weight.dtype)  # (B, T, D)
+        end = PREFIX_TOKENS + self.config.num_tokens
+        x = tokens[:, end - self.config.mixed_tokens : end].to(self.norm.weight.dtype)  # (B, T, D)
         x = self.project(self.norm(x))  # (B, T, width)
         x = x + self.channels(x)
         x = x + self.positions(x.transpose(1, 2)).transpose(1, 2)
-        return x.float().mean(dim=-1)[:, 1 - first :]  # (B, N)
+        return x.float().mean(dim=-1)[:, -self.config.num_tokens :]  # (B, N)
 
     def multiply_adds(self) -> int:
         """Exact multiply-adds of an image; norms, activations and the mean are not counted."""
-        rows = self.config.num_tokens + self.config.class_token
+        rows = self.config.mixed_tokens
         width = self.config.width or self.config.input_width
         by_token = [layer for part in (self.project, self.channels) for layer in part.modules()]
         total = sum(layer.weight.numel() * rows for layer in by_token if isinstance(layer, nn.Linear))

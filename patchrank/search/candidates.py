@@ -40,7 +40,7 @@ class Candidates:
         """Embeddings of candidates, or what `then` makes of a chunk of them.
 
         Args:
-            tokens: (B, 1 + N, D) from `Tower.prefix`.
+            tokens: (B, p + N, D) from `Tower.prefix`.
             image: (C,), the row of `tokens` of each candidate.
             kept: (C, n) token ids, or None for whole images.
             then: (c, E), (c,) -> (c, ...), for example scores; applied a chunk at a time, as class probabilities are
@@ -74,7 +74,7 @@ class Candidates:
         nothing waits for the device. Larger blocks lose tokens unevenly: they are sorted by length, which does wait.
 
         Args:
-            tokens: (B, 1 + N, D).
+            tokens: (B, p + N, D).
             alive: (B, A), ids of the tokens that have not left, ascending.
             wanted: (B, M), ids of the tokens to measure, all alive.
             then: (c, E), (c,) -> (c, q): what is measured of a candidate.
@@ -149,8 +149,7 @@ def default_chunk(tower: Tower) -> int:
     """Candidates a forward pass: many on a GPU; on a CPU few enough that a block's activations stay in its cache."""
     if tower.device.type != "cpu":
         return 512
-    hidden = tower.visual.transformer.resblocks[0].mlp.c_fc.weight  # (hidden, D); its output is the widest activation
-    candidate = tower.num_tokens * hidden.shape[0] * hidden.element_size()  # bytes
+    candidate = tower.num_tokens * tower.adapter.hidden * tower.dtype.itemsize  # bytes of the widest activation
     return max(4, min(64, CACHE_BYTES // candidate))
 
 

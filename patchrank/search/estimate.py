@@ -51,7 +51,7 @@ def _forward_seconds(searcher: Searcher, pixels: Tensor) -> float:
     with torch.inference_mode():
         tower.prefix(pixels)
         total = clock.seconds(lambda: tower.prefix(pixels), tower.device)
-        tokens = tower.prefix(pixels)  # (B, 1 + N, D)
+        tokens = tower.prefix(pixels)  # (B, p + N, D)
 
         def forward(kept: int, candidates: int) -> float:
             ids = torch.tensor(everything[:kept], device=tokens.device).expand(candidates, -1)
