@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from patchrank.data.pair_batches import PairBatch
-from patchrank.pruning.methods import Method
 from patchrank.pruning.selector import Selector
 
 
@@ -29,8 +28,3 @@ def _drawn(key: str, count: int) -> Tensor:
     """(count,) float32."""
     seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest())
     return torch.rand(count, generator=torch.Generator().manual_seed(seed))
-
-
-def method(_: object = None) -> Method:
-    """As `Entry.make`."""
-    return Method(Chance())

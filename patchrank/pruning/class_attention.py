@@ -9,7 +9,6 @@ from torch import Tensor
 
 from patchrank.data.pair_batches import PairBatch
 from patchrank.model.tower import project
-from patchrank.pruning.methods import Method
 from patchrank.pruning.selector import Selector
 
 
@@ -36,8 +35,3 @@ class ClassAttention(Selector):
             total += (2 * there + 3) * width * width + (there + 1) * width
             there = kept
         return total
-
-
-def method(_: object = None) -> Method:
-    """As `Entry.make`."""
-    return Method(ClassAttention())

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from patchrank.data.pair_batches import PairBatch
 from patchrank.errors import UserError
-from patchrank.pruning.methods import Method
 from patchrank.pruning.selector import Selector
 from patchrank.store import rankings
 from patchrank.store.corpus import Rankings
@@ -75,8 +74,3 @@ class Golden(Selector):
             )
         places = torch.arange(shape[1], 0, -1, device=tokens.device).expand(shape)  # (B, N), the best highest
         return torch.zeros_like(places).scatter(1, ranking.to(tokens.device), places)
-
-
-def method(_: object = None) -> Method:
-    """As `Entry.make`."""
-    return Method(Golden())

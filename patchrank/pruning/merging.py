@@ -60,7 +60,7 @@ def image_tower(visual: VisionTransformer, schedule: Schedule) -> MergedTower:
     return MergedTower(visual, merges_for(visual, pruned_multiply_adds(visual, schedule)) if schedule else [])
 
 
-def method(_: object = None) -> Method:
+def by_merging(_: object) -> Method:
     """As `Entry.make`."""
     return Method(image_tower=image_tower)
 

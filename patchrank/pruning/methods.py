@@ -1,6 +1,6 @@
 """The ways of pruning, a line each: what `patchrank.prune`, evaluations, their flags and reports know of them.
 
-A new one is a file beside this one, with a function `method`, and a line in `METHODS`.
+A new one is a file beside this one, with a `Selector` or what else makes a `Method`, and a line in `METHODS`.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class Entry:
         colour: in charts on a light page, and, where `dark` is None, on a dark one.
         marker, dashes: in charts, as matplotlib takes them: charts can be read without their colours.
         leading: the report is about the method with the lowest number of those that it has.
-        dark: the colour on a dark page, where it is another.
         needs: what it cannot do without.
+        dark: the colour on a dark page, where it is another.
         shown: whether the report shows the tokens that it keeps.
         timed: whether an evaluation measures how long it takes.
     """
@@ -81,40 +81,53 @@ class Entry:
     marker: str
     dashes: Any
     leading: int
-    dark: str | None = None
     needs: tuple[Need, ...] = ()
+    dark: str | None = None
     shown: bool = False
     timed: bool = True
 
 
-def _from(file: str, function: str = "method") -> Callable[[Bundle | None], Method]:
-    """A function of a file of this package, which is imported when it is first called."""
-    return lambda bundle: getattr(importlib.import_module(f"patchrank.pruning.{file}"), function)(bundle)
+def _of(path: str) -> Callable[[Bundle | None], Method]:
+    """A function of a file of this package, or a class of selectors that need nothing; imported when called."""
+
+    def make(bundle: Bundle | None) -> Method:
+        file, name = path.split(".")
+        found = getattr(importlib.import_module(f"patchrank.pruning.{file}"), name)
+        return Method(found()) if isinstance(found, type) else found(bundle)
+
+    return make
 
 
 # By name, in the order of every table and legend. The Okabe-Ito colours, which colour-blind people can tell apart; blue
 # is too dark for a dark page, black for neither. What a user would deploy leads before what bounds it.
 METHODS: dict[str, Entry] = {
     GOLDEN: Entry(
-        "Golden ranking", _from("golden"), "#E69F00", "o", "-", 2, needs=(Need.RANKINGS,), shown=True, timed=False
+        "Golden ranking", _of("golden.Golden"), "#E69F00", "o", "-", 2, (Need.RANKINGS,), shown=True, timed=False
     ),
     PREDICTOR: Entry(
-        "Predictor", _from("predicted"), "#0072B2", "s", "-", 1, dark="#56B4E9", needs=(Need.PREDICTOR,), shown=True
+        "Predictor", _of("predicted.alone"), "#0072B2", "s", "-", 1, (Need.PREDICTOR,), "#56B4E9", shown=True
     ),
     TOKENS: Entry(
         "Predictor + tokens",
-        _from("predicted", "with_tokens"),
+        _of("predicted.with_tokens"),
         "#009E73",
         "D",
         (0, (6, 1.5)),
         0,
-        needs=(Need.PREDICTOR, Need.TOKENS),
+        (Need.PREDICTOR, Need.TOKENS),
     ),
     ATTENTION: Entry(
-        "Class attention", _from("class_attention"), "#D55E00", "^", (0, (4, 2)), 3, needs=(Need.BLOCK,), shown=True
+        "Class attention",
+        _of("class_attention.ClassAttention"),
+        "#D55E00",
+        "^",
+        (0, (4, 2)),
+        3,
+        (Need.BLOCK,),
+        shown=True,
     ),
-    MERGING: Entry("Token merging", _from("merging"), "#CC79A7", "v", (0, (4, 1.5, 1, 1.5)), 4),
-    RANDOM: Entry("Random", _from("chance"), "#7d858f", "X", (0, (1.5, 1.5)), 5, timed=False),
+    MERGING: Entry("Token merging", _of("merging.by_merging"), "#CC79A7", "v", (0, (4, 1.5, 1, 1.5)), 4),
+    RANDOM: Entry("Random", _of("chance.Chance"), "#7d858f", "X", (0, (1.5, 1.5)), 5, timed=False),
 }
 
 

@@ -30,7 +30,7 @@ class Predicted(Selector):
         return self.predictor.multiply_adds() if schedule else 0
 
 
-def method(bundle: Bundle) -> Method:
+def alone(bundle: Bundle) -> Method:
     """As `Entry.make`, without learnable tokens."""
     return Method(Predicted(bundle.predictor))
 

@@ -32,9 +32,10 @@ from patchrank.model.tower import Tower
 from patchrank.pruning import methods
 from patchrank.pruning.bundle import Bundle
 from patchrank.pruning.merging import MergedTower
-from patchrank.pruning.methods import Method
+from patchrank.pruning.methods import METHODS, Entry, Method
 from patchrank.pruning.predictor import PredictorConfig
 from patchrank.pruning.prompts import TokensConfig
+from patchrank.pruning.selector import Selector
 from patchrank.report import data as report_data
 from patchrank.search.ranker import ShardRanker
 from patchrank.search.searcher import SearchConfig, Searcher
@@ -301,6 +302,21 @@ def test_at_keep_1_every_way_of_pruning_leaves_a_tower_of_low_precision_as_it_is
     evaluator = ShardEvaluator(tower, chosen, model.preprocess(), EvaluationConfig([1.0]))
     found = evaluator.evaluate(str(data / "images-0.tar"))
     assert len(found.table) == 8 * 4 and min(found.table["cosine"].to_pylist()) > 0.9999
+
+
+def test_a_method_that_is_new_in_the_registry_is_evaluated(data, monkeypatch):
+    class First(Selector):
+        def forward(self, tokens, before, block, batch=None):
+            return -torch.arange(tokens.shape[1] - 1.0).expand(len(tokens), -1)
+
+    monkeypatch.setitem(METHODS, "first", Entry("First", lambda bundle: Method(First()), "#000000", "x", "-", 9))
+    model = loading.load(f"local-dir:{data / 'model'}")
+    tower = Tower(model.visual)
+    chosen = methods.make(methods.choose(["first"], set()), tower.device)
+    evaluator = ShardEvaluator(tower, chosen, model.preprocess(), EvaluationConfig([0.5]))
+    table = evaluator.evaluate(str(data / "images-0.tar")).table
+    kept = [row["kept"] for row in table.to_pylist() if row["method"] == "first"]
+    assert kept == [list(range(8))] * 8
 
 
 def test_held_out_images_alone_and_images_without_a_ranking(data, tmp_path):
