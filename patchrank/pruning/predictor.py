@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchrank.errors import UserError
+from patchrank.flags import at_least, flag
 from patchrank.model import artifacts
 from patchrank.model.tower import Tower
 
@@ -34,14 +35,19 @@ class PredictorConfig:
 
     grid: tuple[int, int]  # rows and columns of patch tokens; N is their product
     input_width: int  # D of the tower
-    width: int | None = 64  # channels are projected to this width first; None mixes all D, as the paper does
-    expansion: float = 2.0  # hidden width of both MLPs, as a multiple of their input; the paper's 6 % mean 4
-    class_token: bool = True  # whether the class token is mixed with the patches
+    width: int | None = flag(  # None mixes all D, as the paper does
+        64,
+        "channels are projected to this first; 0 mixes all (%(default)s)",
+        group="predictor",
+        convert=lambda width: width or None,
+    )
+    # Of both MLPs; the paper's 6 % mean 4.
+    expansion: float = flag(2.0, "hidden width as a multiple of the input (%(default)g)")
+    class_token: bool = flag(True, "leave the class token out of its input")  # whether it is mixed with the patches
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(self.grid))  # JSON has lists
-        if self.width is not None and self.width < 1:
-            raise UserError(f"--width {self.width}: must be at least 1")
+        at_least(self, 1, "width")
         if self.expansion <= 0:
             raise UserError(f"--expansion {self.expansion}: must be above 0")
 

@@ -25,6 +25,7 @@ from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from patchrank.errors import UserError
+from patchrank.flags import at_least, flag
 from patchrank.model import artifacts
 from patchrank.model.loading import Model
 from patchrank.model.tower import Tower
@@ -38,15 +39,15 @@ class TokensConfig:
     """The shape of learnable tokens. Raises UserError for a value that makes no sense."""
 
     width: int  # D of the tower
-    count: int = 16  # b
-    place: str = "cut"  # where they join the patches: before block L ("cut") or before the first ("input")
+    count: int = flag(16, "learnable tokens (%(default)s)", group="tokens", name="tokens")  # b
+    # Before block L ("cut") or before the first ("input").
+    place: str = flag("cut", f"where they join the patches: {' or '.join(PLACES)} (%(default)s)")
     text_width: int | None = None  # d_t of the text tower; the visual tokens are then a linear map of text tokens
 
     def __post_init__(self) -> None:
         if self.place not in PLACES:
             raise UserError(f"--place {self.place}: must be one of {', '.join(PLACES)}")
-        if self.count < 1:
-            raise UserError(f"--tokens {self.count}: must be at least 1")
+        at_least(self, 1, "count")
 
 
 class VisualTokens(nn.Module):

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchrank.errors import UserError
+from patchrank.flags import at_least, flag
 from patchrank.model.tower import Tower
 from patchrank.search.candidates import Candidates, without
 from patchrank.search.scores import SCORES, predict, score
@@ -56,18 +57,31 @@ class Step:
     removed: int
 
 
+def _rescore(value: int | str) -> int | None:
+    """The field of the flag --rescore."""
+    try:
+        return None if value == "all" else int(value)
+    except ValueError:
+        raise UserError(f"--rescore {value}: must be a number or 'all'") from None
+
+
 @dataclass(frozen=True)
 class SearchConfig:
     """What is searched. Raises UserError for a value that makes no sense."""
 
-    score: str = "preservation"  # one of patchrank.search.scores.SCORES
-    keep: float = 0.4  # the search ends when this share of the tokens is left; what is known by then ranks them
-    steps: int | None = None  # ... or after this many steps; 1 is the one-shot search
-    remove_per_step: int = 4  # k, the tokens that leave in a step; the last step takes what is left to take
-    block: int = 1  # r, the side of the sliding blocks, in tokens
-    rescore: int | None = 0  # c, of the lazy search; None scores all again in every step
-    rank_by: str = "effects"  # or "scores"
-    proposals: int = 2  # m, by effects: the sets of k tokens that a step tries
+    score: str = flag("preservation", f"what a ranking keeps: {', '.join(SCORES)} (%(default)s)", group="search")
+    # The search ends when this share of the tokens is left; what is known by then ranks them.
+    keep: float = flag(0.4, "search until this share of tokens is left (%(default)s)")
+    steps: int | None = flag(None, "search at most so many steps; 1 is the one-shot search")
+    # k; the last step takes what is left to take.
+    remove_per_step: int = flag(4, "tokens that leave a step (%(default)s)")
+    block: int = flag(1, "side of the sliding blocks, in tokens (%(default)s)")  # r
+    # c, of the lazy search; None scores all again in every step.
+    rescore: int | None = flag(
+        0, "times remove-per-step tokens scored again, or 'all' (%(default)s)", convert=_rescore, type=str
+    )
+    rank_by: str = flag("effects", f"how scores become a ranking: {', '.join(RANK_BY)} (%(default)s)")
+    proposals: int = flag(2, "by effects: sets that a step tries (%(default)s)")  # m
 
     def __post_init__(self) -> None:
         if self.score not in SCORES:
@@ -76,10 +90,8 @@ class SearchConfig:
             raise UserError(f"--rank-by {self.rank_by}: must be one of {', '.join(RANK_BY)}")
         if not 0 <= self.keep < 1:
             raise UserError(f"--keep {self.keep}: must be at least 0 and below 1")
-        for name, least in (("steps", 1), ("remove_per_step", 1), ("block", 1), ("rescore", 0), ("proposals", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+        at_least(self, 1, "steps", "remove_per_step", "block", "proposals")
+        at_least(self, 0, "rescore")
         if self.rank_by == "scores" and self.rescore == 0 and self.steps != 1:
             raise UserError("--rank-by scores needs --rescore 1 or more, --rescore all, or --steps 1")
 
