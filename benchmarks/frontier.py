@@ -185,8 +185,7 @@ def row(
     if name in (RANDOM, ATTENTION):
         batch = PairBatch([sample.key], pixels, labels, None, None)
         selector = Chance() if name == RANDOM else ClassAttention()
-        with torch.no_grad():
-            usefulness = selector(*before_cut(tower, pixels), batch)  # (1, N)
+        usefulness = selector(*before_cut(tower, pixels), batch)  # (1, N)
         ranking, cost = usefulness.argsort(dim=1, descending=True).cpu(), []
     else:
         cost = searcher.config.cost(tower.grid)

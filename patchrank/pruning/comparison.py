@@ -57,9 +57,9 @@ class Pruner:
         self.counts = {keep: count_kept(tower.num_tokens, keep, "--keep-rates") for keep in keep_rates}
         self._towers: dict[tuple[str, float], nn.Module] = {}
         for name, method in self.methods.items():
+            if method.image_tower is None:
+                continue
             for keep, count in self.counts.items():
-                if method.image_tower is None:
-                    break
                 made = method.image_tower(tower.visual, {tower.cut: count} if keep < 1 else {})
                 # An idle one is open_clip's own forward pass, which a tower's mix of dtypes is not for.
                 self._towers[name, keep] = tower if made.idle else made
