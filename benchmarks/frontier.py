@@ -35,6 +35,8 @@ from tqdm import tqdm
 from patchrank.data import shards
 from patchrank.data.images import decode
 from patchrank.data.pair_batches import PairBatch
+from patchrank.data.progress import Progress
+from patchrank.data.prototypes import class_sums
 from patchrank.errors import UserError, run
 from patchrank.model import classes, loading
 from patchrank.model.loading import Model
@@ -43,7 +45,6 @@ from patchrank.pruning.chance import Chance
 from patchrank.pruning.class_attention import ClassAttention
 from patchrank.pruning.comparison import before_cut
 from patchrank.search.candidates import Candidates
-from patchrank.search.ranker import Progress, class_sums
 from patchrank.search.scores import predict
 from patchrank.search.searcher import SearchConfig, Searcher
 from patchrank.store import rankings

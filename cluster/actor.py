@@ -23,10 +23,12 @@ from cluster.progress import ShardReport
 from patchrank.data import shards
 from patchrank.data.images import decode, limit_pixels
 from patchrank.data.progress import Progress
+from patchrank.data.prototypes import class_sums
+from patchrank.data.shard_job import ShardResult
 from patchrank.data.shards import Sample, ShardError
 from patchrank.model.tower import Tower
 from patchrank.search.estimate import seconds_per_image
-from patchrank.search.ranker import ShardRanker, ShardResult, class_sums
+from patchrank.search.ranker import ShardRanker
 from patchrank.search.searcher import SearchConfig, Searcher
 from patchrank.store import rankings, storage
 

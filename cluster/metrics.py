@@ -13,7 +13,7 @@ import threading
 
 from ray.util.metrics import Counter
 
-from patchrank.data.progress import STAGES, Progress
+from patchrank.data.progress import Progress
 
 _COUNTS = {
     "images": "Images ranked.",
@@ -35,8 +35,8 @@ class Metrics:
         with self._lock:
             for name in _COUNTS:
                 self._add(name, getattr(self._progress, name), {})
-            for stage in STAGES:
-                self._add("seconds", self._progress.seconds[stage], {"Stage": stage})
+            for stage, seconds in self._progress.seconds.items():
+                self._add("seconds", seconds, {"Stage": stage})
 
     def _add(self, name: str, now: float, tags: dict[str, str]) -> None:
         place = " ".join([name, *tags.values()])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from patchrank.data.progress import STAGES, Progress
+from patchrank.data.progress import Progress
 from patchrank.store import status
 from patchrank.store.status import Run
 
@@ -138,9 +138,10 @@ class Meter:
 
 
 def _sum(parts: Sequence[Progress]) -> Progress:
+    stages = dict.fromkeys(stage for part in parts for stage in part.seconds)  # a set that keeps the order
     return Progress(
         images=sum(part.images for part in parts),
         rejects=sum(part.rejects for part in parts),
         candidates=sum(part.candidates for part in parts),
-        seconds={stage: sum(part.seconds.get(stage, 0.0) for part in parts) for stage in STAGES},
+        seconds={stage: sum(part.seconds.get(stage, 0.0) for part in parts) for stage in stages},
     )

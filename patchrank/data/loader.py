@@ -17,11 +17,12 @@ from patchrank.data.shards import Reject, Sample
 
 @dataclass(frozen=True)
 class Batch:
-    """B images of a shard: keys, pixels (B, 3, H, W) float32, labels, and processor seconds that decoding them took."""
+    """B images of a shard: keys, pixels (B, 3, H, W) float32, labels, captions, and processor seconds of decoding."""
 
     keys: list[str]
     pixels: Tensor
     labels: list[int | None]
+    captions: list[tuple[str, ...]]
     decode_seconds: float
 
 
@@ -96,5 +97,6 @@ def _batch(rows: list[tuple[Sample, Tensor, float]]) -> Batch:
         keys=[sample.key for sample, _, _ in rows],
         pixels=torch.stack([pixels for _, pixels, _ in rows]),
         labels=[sample.label for sample, _, _ in rows],
+        captions=[sample.captions for sample, _, _ in rows],
         decode_seconds=sum(seconds for _, _, seconds in rows),
     )

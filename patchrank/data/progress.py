@@ -7,8 +7,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-STAGES = ("read", "decode", "search", "write")
-
 
 @dataclass
 class Progress:
@@ -17,14 +15,19 @@ class Progress:
     Attributes:
         images, rejects, candidates: how many.
         cosine: the sums of the pruned images' cosines, one a keep rate.
-        seconds: that each of `STAGES` took; decoding, on threads beside the search, in processor seconds.
+        seconds: that each stage took; none before `begin`. Decoding, on threads beside the work, in processor seconds.
     """
 
     images: int = 0
     rejects: int = 0
     candidates: int = 0
     cosine: list[float] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def begin(self, work: str) -> None:
+        """Name the work between decoding and writing: "search", "evaluate" or "embed"."""
+        # All stages at once, for other threads that read the progress: a dict must not grow meanwhile.
+        self.seconds = dict.fromkeys(("read", "decode", work, "write"), 0.0)
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:

@@ -18,16 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchrank.data import shards
 from patchrank.data.held_out import is_held_out
-from patchrank.data.loader import Batch, ahead, batches
+from patchrank.data.loader import Batch
 from patchrank.data.pair_batches import PairBatch
 from patchrank.data.progress import Progress
-from patchrank.data.shards import Reject, Sample, ShardError
+from patchrank.data.shard_job import Reading, ShardJob, ShardResult
+from patchrank.data.shards import Reject, Sample
 from patchrank.model.tower import Tower
 from patchrank.pruning.comparison import Pruned, Pruner
 from patchrank.pruning.methods import UNPRUNED, Method
-from patchrank.search.ranker import ShardResult, checked, overflowed
 from patchrank.search.scores import probabilities
 from patchrank.store import storage
 from patchrank.store.corpus import Rankings
@@ -110,40 +109,29 @@ class ShardEvaluator:
         corpus: Rankings | None = None,
         threads: int = 2,
     ) -> None:
-        self.tower, self.preprocess, self.config, self.corpus = tower, preprocess, config, corpus
-        self.threads = threads
+        self.tower, self.config, self.corpus = tower, config, corpus
         self.pruner = Pruner(tower, methods, config.keep_rates)
         self.classes = None if config.classes is None else config.classes.to(tower.device)
+        num_classes = None if config.classes is None else len(config.classes)
+        self.reading = Reading(preprocess, config.images_per_batch, config.limit, threads, num_classes)
 
     def evaluate(self, shard: str, progress: Progress | None = None) -> ShardResult:
         """Prune the images of a shard in every way; `progress` is kept up to date meanwhile."""
-        progress = progress or Progress()
-        rejects: list[Reject] = []
-
-        def reject(sample: Reject) -> None:
-            rejects.append(sample)
-            progress.rejects += 1
-
         golden = self._golden(shard)
-        captions: dict[str, tuple[str, ...]] = {}  # of the images under way
-        num_classes = None if self.classes is None else len(self.classes)
-        samples = self._wanted(checked(shards.read(shard, self.config.limit), num_classes, False), golden, captions)
-        tables, error = [self._rows(shard, [], [], [], [])], None
-        overflows: list[Reject] = []  # apart: the thread that reads ahead adds to the others at any time
-        try:
-            made = batches(samples, self.preprocess, self.config.images_per_batch, reject, self.threads)
-            for batch in ahead(made, pin=self.tower.device.type == "cuda"):
-                progress.seconds["decode"] += batch.decode_seconds
-                with progress.timed("search"):
-                    texts = [captions.pop(key) for key in batch.keys]
-                    table, finite = self._batch(shard, batch, golden, texts)
-                tables.append(table)
-                progress.images += int(finite.sum())
-                overflows += overflowed(batch.keys, finite, "a pruned image's embedding", self.tower.dtype)
-        except ShardError as damage:
-            error = str(damage)
-        progress.rejects = len(rejects) + len(overflows)
-        return ShardResult(pa.concat_tables(tables), rejects + overflows, error)
+
+        def wanted(samples: Iterator[Sample | Reject]) -> Iterator[Sample | Reject]:
+            for sample in samples:
+                if self.config.held_out < 1 and not is_held_out(sample.key, self.config.held_out):
+                    continue
+                ranked = golden is None or sample.key in golden or isinstance(sample, Reject)
+                yield sample if ranked else Reject(sample.key, "has no golden ranking")
+
+        def rows(batch: Batch) -> tuple[pa.Table, Tensor]:
+            return self._batch(shard, batch, golden)
+
+        nothing = self._rows(shard, [], [], [], [])
+        job = ShardJob("evaluate", "a pruned image's embedding", self.tower, nothing, rows, wanted)
+        return job.run(shard, self.reading, progress or Progress())
 
     def _golden(self, shard: str) -> dict[str, Tensor] | None:
         """Rankings, (N,) each, by key."""
@@ -152,35 +140,13 @@ class ShardEvaluator:
         table = self.corpus.tensors(["ranking"], shard)
         return dict(zip(table["key"], table["ranking"], strict=True))
 
-    def _wanted(
-        self,
-        samples: Iterator[Sample | Reject],
-        golden: Mapping[str, Any] | None,
-        captions: dict[str, tuple[str, ...]],
-    ) -> Iterator[Sample | Reject]:
-        for sample in samples:
-            if self.config.held_out < 1 and not is_held_out(sample.key, self.config.held_out):
-                continue
-            if isinstance(sample, Sample):
-                if golden is not None and sample.key not in golden:
-                    sample = Reject(sample.key, "has no golden ranking")
-                else:
-                    captions[sample.key] = sample.captions
-            yield sample
-
-    def _batch(
-        self,
-        shard: str,
-        batch: Batch,
-        golden: Mapping[str, Tensor] | None,
-        captions: list[tuple[str, ...]],
-    ) -> tuple[pa.Table, Tensor]:
+    def _batch(self, shard: str, batch: Batch, golden: Mapping[str, Tensor] | None) -> tuple[pa.Table, Tensor]:
         """The rows of the images all of whose embeddings are finite, and which of the batch those are, (B,) bool."""
         ranking = None if golden is None else torch.stack([golden[key] for key in batch.keys])  # (B, N)
         labels = torch.tensor([-1 if label is None else label for label in batch.labels])  # (B,)
         found = list(self.pruner.prune(PairBatch(batch.keys, batch.pixels, labels, ranking, None)))
         finite = torch.stack([cell.embeddings.isfinite().all(dim=1) for cell in found]).all(dim=0).cpu()  # (B,)
-        rows = self._rows(shard, batch.keys, batch.labels, found, captions, ranking)
+        rows = self._rows(shard, batch.keys, batch.labels, found, batch.captions, ranking)
         return rows.filter(pa.array(finite.repeat(len(found)).numpy())), finite
 
     def _rows(

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from torchvision.transforms.functional import to_tensor
 
 from patchrank.data.loader import Batch, ahead
 from patchrank.data.progress import Progress
+from patchrank.data.prototypes import class_sums
 from patchrank.model.tower import Tower
-from patchrank.search.ranker import ShardRanker, class_sums
+from patchrank.search.ranker import ShardRanker
 from patchrank.search.searcher import SearchConfig, Searcher
 
 LABELS = [0, 2, 2, -1, 999_999_999, 0, 1]
@@ -94,7 +96,7 @@ def test_shards_on_threads_take_turns_on_the_device(small_clip, shard):
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(ranker.rank, shard[0], None, device)
         other = copy.copy(ranker)
-        other.preprocess = to_tensor_2
+        other.reading = replace(ranker.reading, preprocess=to_tensor_2)
         while not events:
             time.sleep(0.01)
         late = pool.submit(other.rank, shard[0], None, device)
@@ -115,7 +117,7 @@ def test_the_next_batch_is_made_while_this_one_is_worked_on():
     def made():
         for number, event in enumerate(begun):
             event.set()
-            yield Batch([str(number)], torch.zeros(1, 3, 4, 4), [None], 0.0)
+            yield Batch([str(number)], torch.zeros(1, 3, 4, 4), [None], [()], 0.0)
         raise OSError("the shard ends here")
 
     found = ahead(made(), pin=False)

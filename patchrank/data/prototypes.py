@@ -1,0 +1,69 @@
+"""What prototypes, class embeddings made of images, are made of."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchrank.data.progress import Progress
+from patchrank.data.shard_job import Reading
+from patchrank.data.shards import Reject
+from patchrank.model.tower import Tower
+
+MAX_CLASSES = 100_000  # without class names: one wrong label could else ask for all memory
+
+
+def class_sums(
+    tower: Tower,
+    shard: str,
+    preprocess: Callable[..., Tensor],
+    num_classes: int | None,
+    batch: int,
+    progress: Progress,
+    threads: int = 2,
+    device: AbstractContextManager[object] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The sums of the normalised embeddings of a shard's images, by class.
+
+    Args:
+        num_classes: K, or None where it follows from the labels.
+        batch: images embedded at a time.
+        threads: that decode images.
+        device: entered while a batch is embedded; a lock makes several threads take turns.
+
+    Returns:
+        Sums (K, E) float64 and counts (K,) int64; K is `num_classes`, or the largest label + 1 where None. Samples that
+        cannot be used are counted in `progress` and left out.
+
+    Raises:
+        ShardError: the shard cannot be read.
+    """
+
+    def reject(_: Reject) -> None:
+        progress.rejects += 1
+
+    progress.begin("embed")
+    sums = torch.zeros(num_classes or 0, tower.embed_dim, dtype=torch.float64)
+    counts = torch.zeros(num_classes or 0, dtype=torch.int64)
+    reading = Reading(preprocess, batch, None, threads, num_classes or MAX_CLASSES, label_needed=True)
+    for images in reading.batches(shard, reject, progress):
+        progress.seconds["decode"] += images.decode_seconds
+        with device or contextlib.nullcontext(), progress.timed("embed"):
+            embeddings = F.normalize(tower(images.pixels), dim=-1).double().cpu()  # (B, E)
+        labels = torch.tensor([label for label in images.labels if label is not None])  # (B,)
+        finite = embeddings.isfinite().all(dim=1)  # (B,); False where a low precision overflowed
+        progress.rejects += int((~finite).sum())
+        embeddings, labels = embeddings[finite], labels[finite]
+        if not len(labels):
+            continue
+        grow = max(0, int(labels.max()) + 1 - len(sums))
+        sums, counts = F.pad(sums, (0, 0, 0, grow)), F.pad(counts, (0, grow))
+        sums.index_add_(0, labels, embeddings)
+        counts += labels.bincount(minlength=len(counts))
+        progress.images += len(labels)
+    return sums, counts

@@ -1,0 +1,158 @@
+"""One shard in, one table out: what is the same whatever is done to the images."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import pyarrow as pa
+from torch import Tensor
+
+from patchrank.data import shards
+from patchrank.data.loader import Batch, ahead, batches
+from patchrank.data.progress import Progress
+from patchrank.data.shards import Reject, Sample, ShardError
+from patchrank.model.tower import Tower
+
+_Samples = Iterator[Sample | Reject]
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """The outcome of a shard.
+
+    Attributes:
+        table: what was found of its images; the rows before the damage where `error` is set.
+        rejects: the samples that could not be used.
+        error: why the shard could not be read to its end, or None.
+    """
+
+    table: pa.Table
+    rejects: list[Reject]
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the images of shards are read.
+
+    Attributes:
+        preprocess: PIL image -> (3, H, W).
+        batch: images at a time.
+        limit: only the first so many samples of a shard.
+        threads: that decode images.
+        num_classes: K; a label outside 0 .. K-1 makes a reject. None where the classes are not known.
+        label_needed: whether a sample without a label is a reject.
+    """
+
+    preprocess: Callable[..., Tensor]
+    batch: int = 16
+    limit: int | None = None
+    threads: int = 2
+    num_classes: int | None = None
+    label_needed: bool = False
+
+    def batches(
+        self,
+        shard: str,
+        reject: Callable[[Reject], None],
+        progress: Progress,
+        wanted: Callable[[_Samples], _Samples] = lambda samples: samples,
+    ) -> Iterator[Batch]:
+        """The images of a shard.
+
+        Args:
+            reject: is told of every sample that cannot be used.
+            progress: the time of reading is counted to its stage "read".
+            wanted: leaves samples out, or turns them to rejects.
+
+        Raises:
+            ShardError: the shard cannot be read to its end; after the images that came before.
+        """
+        samples = wanted(self._checked(_timed(shards.read(shard, self.limit), progress)))
+        return batches(samples, self.preprocess, self.batch, reject, self.threads)
+
+    def _checked(self, samples: _Samples) -> _Samples:
+        """The samples, those turned to rejects whose label is missing where it is needed, or no label of any class."""
+        for sample in samples:
+            reason = None
+            if isinstance(sample, Sample):
+                if sample.label is None:
+                    reason = "has no label, which is needed here" if self.label_needed else None
+                elif sample.label < 0:
+                    reason = f"label {sample.label} is negative"
+                elif self.num_classes is not None and sample.label >= self.num_classes:
+                    classes = f"the {self.num_classes} classes, 0 to {self.num_classes - 1}"
+                    reason = f"label {sample.label} is not one of {classes}"
+            yield Reject(sample.key, reason) if reason else sample
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """What is done to the images of a shard.
+
+    Attributes:
+        stage: of the progress, which the time that `rows` takes is counted to.
+        what: can overflow, for people.
+        tower: in whose dtype, and on whose device, it is computed.
+        nothing: the table of a shard without an image; it has the same columns as every other.
+        rows: what is found of a batch: a table of the images for which all is finite, and which these are, (B,) bool.
+        wanted: as for `Reading.batches`.
+    """
+
+    stage: str
+    what: str
+    tower: Tower
+    nothing: pa.Table
+    rows: Callable[[Batch], tuple[pa.Table, Tensor]]
+    wanted: Callable[[_Samples], _Samples] = lambda samples: samples
+
+    def run(
+        self, shard: str, reading: Reading, progress: Progress, turn: AbstractContextManager[object] | None = None
+    ) -> ShardResult:
+        """Make the table of a shard.
+
+        Args:
+            progress: is kept up to date meanwhile.
+            turn: entered once the first images are there, left after the last were worked on. A lock makes several
+                threads, each with a shard of its own, take turns on the device.
+        """
+        rejects: list[Reject] = []
+        overflows: list[Reject] = []  # apart: the thread that reads ahead adds to the others at any time
+
+        def reject(sample: Reject) -> None:
+            rejects.append(sample)
+            progress.rejects += 1
+
+        progress.begin(self.stage)
+        tables, error = [self.nothing], None
+        try:
+            made = ahead(reading.batches(shard, reject, progress, self.wanted), pin=self.tower.device.type == "cuda")
+            first = next(made, None)
+            with turn or contextlib.nullcontext():
+                for batch in itertools.chain([] if first is None else [first], made):
+                    progress.seconds["decode"] += batch.decode_seconds
+                    with progress.timed(self.stage):
+                        table, finite = self.rows(batch)
+                    tables.append(table)
+                    progress.images += int(finite.sum())
+                    reason = f"{self.what} overflows in {self.tower.dtype}; use --dtype float32"
+                    good = zip(batch.keys, finite.tolist(), strict=True)
+                    overflows += [Reject(key, reason) for key, is_good in good if not is_good]
+        except ShardError as damage:
+            error = str(damage)
+        progress.rejects = len(rejects) + len(overflows)
+        return ShardResult(pa.concat_tables(tables), rejects + overflows, error)
+
+
+def _timed(samples: _Samples, progress: Progress) -> _Samples:
+    """The samples; the time that they take is counted to the stage "read"."""
+    while True:
+        with progress.timed("read"):
+            sample = next(samples, None)
+        if sample is None:
+            return
+        yield sample
