@@ -7,7 +7,12 @@ import random
 import tarfile
 from pathlib import Path
 
+import numpy as np
+import torch
 import webdataset
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import to_tensor
 
 from patchrank.data import shards
 from patchrank.data.shards import Reject, Sample, ShardError
@@ -36,6 +41,19 @@ def write(path: Path, content: list[Sample]) -> bytes:
         for sample in content:
             writer.write({"__key__": sample.key, "jpg": sample.image, "cls": sample.label})
     return path.read_bytes()
+
+
+LABELS = (0, 2, 2, -1, 999_999_999, 0, 1)
+
+
+def write_labelled(path: Path) -> Tensor:
+    """Write a shard of random images with these labels, two of them out of any range. Its pixels, (7, 3, 16, 20)."""
+    random_ = np.random.default_rng(0)
+    pixels = random_.integers(0, 256, (len(LABELS), 16, 20, 3), dtype=np.uint8)
+    with webdataset.TarWriter(str(path)) as writer:
+        for number, label in enumerate(LABELS):
+            writer.write({"__key__": str(number), "png": Image.fromarray(pixels[number]), "cls": label})
+    return torch.stack([to_tensor(image) for image in pixels])
 
 
 def read_all(path: Path | str) -> tuple[list[Sample | Reject], str | None]:
