@@ -22,6 +22,14 @@ def pytest_configure():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
+def pytest_collection_modifyitems(items):
+    """Mark what uses the fixtures that start Ray; a test that starts it by itself has the mark in its file."""
+    for item in items:
+        if not {"environment", "undisturbed"}.isdisjoint(item.fixturenames):
+            item.add_marker(pytest.mark.ray)
+
+
 def pytest_sessionfinish(session, exitstatus):
     """Remember what the tests came to, for `pytest_unconfigure`."""
     session.config.stash[STATUS] = exitstatus

@@ -161,6 +161,7 @@ with connected("local", actors=1, cpus=1, gpus=0, shards=1):
 """
 
 
+@pytest.mark.ray
 def test_a_local_search_listens_on_the_loopback_interface_alone():
     done = subprocess.run([sys.executable, "-c", LISTENING], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

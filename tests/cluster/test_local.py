@@ -25,7 +25,7 @@ RANKED = f"{4 * LIMIT} ranked, 0 rejected"
 API = ["env", "RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265"]
 
 WHY_NOT = missing()
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+pytestmark = [pytest.mark.ray, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
 
 
 @pytest.fixture(scope="module")

@@ -210,6 +210,7 @@ def test_bad_input_is_one_line_and_changes_nothing(data, undisturbed, address, m
     assert {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.ray
 def test_bad_input_ends_a_process_with_one_line(data, tmp_path):
     done = search(data, tmp_path / "out", "--block", "99")
     assert done.returncode == 2
