@@ -24,20 +24,27 @@ from torch import nn
 from patchrank.errors import UserError, run
 from patchrank.evaluation import latency
 from patchrank.model import loading
+from patchrank.model.adapter import Adapter
+from patchrank.model.kinds import adapt
 from patchrank.model.tower import default_cut
 from patchrank.pruning.bundle import Bundle
 from patchrank.pruning.methods import ATTENTION, MERGING, PREDICTOR, UNPRUNED
 from patchrank.pruning.predictor import PredictorConfig
-from patchrank.pruning.pruned import full_multiply_adds, pruned_tower
+from patchrank.pruning.pruned import pruned_tower
 
 METHODS = (PREDICTOR, ATTENTION, MERGING)
 
 
-def untrained(visual: open_clip.transformer.VisionTransformer, cut: int) -> Bundle:
+def untrained(adapter: Adapter, cut: int) -> Bundle:
     """A bundle of the default shape, never trained."""
-    grid = (visual.grid_size[0], visual.grid_size[1])
-    about: dict[str, Any] = {"name": "random weights", "pretrained": None, "weights": {}, "cut": cut, "grid": grid}
-    return Bundle(about, asdict(PredictorConfig(grid, visual.transformer.width)))
+    about: dict[str, Any] = {
+        "name": "random weights",
+        "pretrained": None,
+        "weights": {},
+        "cut": cut,
+        "grid": adapter.grid,
+    }
+    return Bundle(about, asdict(PredictorConfig(adapter.grid, adapter.width)))
 
 
 def predictor_share(bundle: Bundle, tower: nn.Module, images: torch.Tensor, rounds: int) -> float:
@@ -72,15 +79,16 @@ def main() -> int:
         if name not in open_clip.list_models():
             raise UserError(f"--models {name}: open_clip does not know it")
         visual = open_clip.create_model(name).visual.eval().requires_grad_(False).to(device, dtype)
-        cut = default_cut(len(visual.transformer.resblocks))
-        bundle = untrained(visual, cut).to(device, dtype)
+        adapter = adapt(visual, name)
+        cut = default_cut(adapter.depth)
+        bundle = untrained(adapter, cut).to(device, dtype)
         towers: dict[str, nn.Module] = {UNPRUNED: visual}
         cells = {}
         for keep in args.keep_rates:
             for method in METHODS:
                 tower = pruned_tower(method, visual, cut, keep, bundle)
                 towers[f"{method} {keep}"] = tower
-                cells[f"{method} {keep}"] = (method, keep, full_multiply_adds(visual) / tower.multiply_adds())
+                cells[f"{method} {keep}"] = (method, keep, adapter.full_multiply_adds() / tower.multiply_adds())
         if args.compile:
             for each in towers.values():
                 each.compile(fullgraph=True)

@@ -28,12 +28,14 @@ from patchrank.evaluation import figures
 from patchrank.evaluation.evaluate import EvaluationConfig
 from patchrank.model import classes, loading
 from patchrank.model.classes import classes_of
+from patchrank.model.kinds import adapt
 from patchrank.model.loading import Model
 from patchrank.model.tower import Tower
 from patchrank.pruning import methods
 from patchrank.pruning.bundle import Bundle
 from patchrank.pruning.methods import METHODS, UNPRUNED, Need
-from patchrank.pruning.pruned import count_multiply_adds, full_multiply_adds, pruned_tower
+from patchrank.pruning.pruned import pruned_tower
+from patchrank.pruning.stand_in import count_multiply_adds
 from patchrank.store import rankings, storage
 from patchrank.store.corpus import Rankings, tables
 from patchrank.tokens import count_kept
@@ -274,7 +276,7 @@ def _costs(found: _Setting) -> _Costs:
     @functools.cache
     def cost(method: str, keep: float) -> tuple[int, int]:
         if method == UNPRUNED:
-            return full_multiply_adds(visual), count_multiply_adds(visual)
+            return adapt(visual).full_multiply_adds(), count_multiply_adds(visual)
         tower = pruned_tower(method, visual, found.tower.cut, keep, bundle)
         return tower.multiply_adds(), count_multiply_adds(tower)
 

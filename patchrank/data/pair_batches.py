@@ -28,7 +28,7 @@ class PairBatch:
         labels: (B,) int64, -1 where there is none.
         ranking: (B, N) int64, token ids, most useful first; None where the images were never ranked.
         score: (B, N) float32, by token id; None likewise.
-        tokens: (B, 1 + N, D), the tower's prefix, where it is kept on disk; else None.
+        tokens: (B, p + N, D), the tower's prefix, where it is kept on disk; else None.
     """
 
     keys: list[str]

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import Attention
 from torch import Tensor, nn
 
 from patchrank.errors import UserError
@@ -150,96 +149,3 @@ class Tower(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings of whole images, (B, 3, H, W) -> (B, E): the unpruned model."""
         return self.suffix(self.prefix(images))
-
-
-def check_tower(visual: nn.Module, name: str = "this model") -> None:
-    """As `adapt`."""
-    adapt(visual, name)
-
-
-def embed_multiply_adds(visual: Any) -> int:
-    """Of the patch embedding of an image."""
-    rows, columns = visual.grid_size
-    return visual.conv1.weight.numel() * rows * columns
-
-
-def block_multiply_adds(visual: Any, n: int, class_token_only: bool = False) -> int:
-    """Exact multiply-adds of one block on a sequence of n tokens, as `run_block` computes it."""
-    mlp = visual.transformer.resblocks[0].mlp.c_fc
-    d, hidden = mlp.in_features, mlp.out_features
-    if class_token_only:  # keys and values of all tokens, the rest of the class token alone
-        return 2 * d * d * n + 2 * d * d + 2 * n * d + 2 * d * hidden
-    return (4 * d * d + 2 * d * hidden) * n + 2 * n * n * d
-
-
-def run_block(block: Any, x: Tensor, class_token_only: bool = False) -> Tensor:
-    """One residual attention block: (C, n, D) -> (C, n, D), or (C, 1, D) where only the class token is wanted.
-
-    The class token of the last block attends to every token, but no other token's output is ever read: its queries,
-    output projection and MLP are the class token's alone.
-    """
-    attended = attend(block.attn, *project(block.attn, block.ln_1(x), class_token_only))
-    return run_mlp(block, add_attended(block, x[:, :1] if class_token_only else x, attended))
-
-
-def add_attended(block: Any, x: Tensor, attended: Tensor) -> Tensor:
-    """The first residual of a block, (C, n, D) twice -> (C, n, D)."""
-    return x + block.ls_1(getattr(block, "ln_attn", _IDENTITY)(attended))
-
-
-def run_mlp(block: Any, x: Tensor) -> Tensor:
-    """The MLP of a block with its residual, (C, n, D) -> (C, n, D)."""
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
-
-
-def project(attn: Any, x: Tensor, class_token_only: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values with the weights of either of open_clip's attention classes.
-
-    Args:
-        attn: the block's attention.
-        x: (C, n, D), normalised.
-        class_token_only: whether only the class token asks.
-
-    Returns:
-        (C, heads, n or 1, D / heads), and twice (C, heads, n, D / heads).
-    """
-    width, weight, bias = x.shape[-1], attn.in_proj_weight, attn.in_proj_bias
-    if class_token_only:
-        query = F.linear(x[:, :1], weight[:width], None if bias is None else bias[:width])  # (C, 1, D)
-        key, value = F.linear(x, weight[width:], None if bias is None else bias[width:]).chunk(2, dim=-1)
-    else:
-        query, key, value = F.linear(x, weight, bias).chunk(3, dim=-1)
-    query, key, value = (  # (C, heads, n or 1, D / heads)
-        part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in (query, key, value)
-    )
-    if isinstance(attn, Attention):
-        query, key = attn.ln_q(query), attn.ln_k(key)
-    return query, key, value
-
-
-def attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Fused attention and its output projection, on what `project` returns -> (C, n or 1, D).
-
-    Args:
-        bias: what is added to the logits, broadcast to (C, heads, n or 1, n); nothing where None.
-    """
-    y = _attend(query, key, value, bias)
-    if isinstance(attn, Attention):
-        if attn.head_scale is not None:
-            y = y * attn.head_scale
-        y = attn.ln_inner(y.transpose(1, 2).flatten(2))
-    else:
-        y = y.transpose(1, 2).flatten(2)  # (C, n or 1, D)
-    return attn.out_proj(y)
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    """softmax(query key^T / sqrt(d) + bias) value, (C, heads, q, d), twice (C, heads, n, d) -> (C, heads, q, d)."""
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        # PyTorch's fused kernel takes twice the time of two matrix products here; a chunk's weights fit the cache.
-        logits = query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)
-        return (logits if bias is None else logits + bias).softmax(dim=-1) @ value
-    return F.scaled_dot_product_attention(query, key, value, bias)
-
-
-_IDENTITY = nn.Identity()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from patchrank.errors import UserError
 from patchrank.model import classes
 from patchrank.model.classes import CLASSES_FILE
+from patchrank.model.kinds import adapt
 from patchrank.model.loading import Model, dtype_name, open_clip_name, tower_digest
 from patchrank.model.tower import Tower
 from patchrank.pruning import predictor, prompts
@@ -154,7 +155,7 @@ class Bundle(
                 "weights": {dtype_name(dtype): tower_digest(visual, dtype) for dtype in _DTYPES},
                 "cut": about["cut"],
                 "grid": list(tower.grid),
-                "blocks": len(visual.transformer.resblocks),
+                "blocks": tower.adapter.depth,
             },
             predictor_config=asdict(learnt.config),
             tokens_config=None if tokens is None else asdict(tokens.config),
@@ -199,7 +200,7 @@ class Bundle(
         Raises:
             UserError: names the model that it is for.
         """
-        dtype = visual.conv1.weight.dtype
+        dtype = adapt(visual).dtype
         there = self.model["weights"].get(dtype_name(dtype))
         if there is None:
             raise UserError(

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from patchrank.data.pair_batches import PairBatch
-from patchrank.pruning.selector import Selector
+from patchrank.pruning.selector import Attention, Selector
 
 
 class Chance(Selector):
     """Uniform random numbers. For images that are known they depend on the key alone, and are the same in every run and
     batch; else they are others for every image and call."""
 
-    def forward(self, tokens: Tensor, before: Tensor | None, block: Any, batch: PairBatch | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, count: int, attention: Attention, batch: PairBatch | None = None) -> Tensor:
         """As `Selector.forward`."""
-        count = tokens.shape[1] - 1
         if batch is None:
             return torch.rand(tokens.shape[0], count, device=tokens.device)
         return torch.stack([_drawn(key, count) for key in batch.keys]).to(tokens.device)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchrank.data.pair_batches import PairBatch
-from patchrank.model.tower import Tower, run_block
+from patchrank.model.tower import Tower
 from patchrank.pruning.methods import UNPRUNED, Method
+from patchrank.pruning.selector import Attention
 from patchrank.tokens import count_kept, matching_rate, select
 
 _FIGURES = ("images", "labelled", "hits", "cosine", "ranked", "matching")  # the columns of `Comparison.sums`
@@ -68,34 +69,36 @@ class Pruner:
     def prune(self, batch: PairBatch) -> Iterator[Pruned]:
         """A batch pruned in every way, the unpruned one first; what is before the cut runs once for all of them."""
         tower = self.tower
-        full, before, block = before_cut(tower, batch.pixels)  # (B, 1 + N, D) twice
-        yield Pruned(UNPRUNED, 1.0, tower.suffix(full))
+        full, count, attention = before_cut(tower, batch.pixels)  # (B, p + N, D)
+        whole = tower.suffix(full)  # (B, E)
+        yield Pruned(UNPRUNED, 1.0, whole)
         for name, method in self.methods.items():
             if method.image_tower is not None:
                 pixels = batch.pixels.to(tower.device, tower.dtype)
                 for keep in self.counts:
-                    yield Pruned(name, keep, self._towers[name, keep](pixels).to(tower.visual.proj.dtype))
+                    yield Pruned(name, keep, self._towers[name, keep](pixels).to(whole.dtype))
                 continue
             tokens = full if method.tokens is None else method.tokens.prefix(tower, batch.pixels, full)
             if method.selector is None:
                 yield Pruned(name, 1.0, tower.suffix(tokens))
                 continue
-            patches = tokens[:, : 1 + tower.num_tokens]  # (B, 1 + N, D), without learnable tokens
-            usefulness = method.selector(patches, before, block, batch)  # (B, N)
-            for keep, count in self.counts.items():
-                kept = select(usefulness, count)
+            patches = tokens[:, : tower.length]  # (B, p + N, D), without learnable tokens
+            usefulness = method.selector(patches, count, attention, batch)  # (B, N)
+            for keep, stay in self.counts.items():
+                kept = select(usefulness, stay)
                 yield Pruned(name, keep, tower.suffix(tokens, kept), usefulness, kept)
 
 
-def before_cut(tower: Tower, images: Tensor) -> tuple[Tensor, Tensor | None, Any]:
-    """What a selector is told of (B, 3, H, W) images: the tokens before the cut, (B, 1 + N, D), the same before the
-    block before it, and that block; both None at the input."""
+def before_cut(tower: Tower, images: Tensor) -> tuple[Tensor, int, Attention]:
+    """What a selector is told of (B, 3, H, W) images: the tokens before the cut, (B, p + N, D), N, and the attention in
+    the block before it; none at the input."""
     if tower.cut == 0:
-        return tower.prefix(images), None, None
+        return tower.prefix(images), tower.num_tokens, None
     earlier = copy.copy(tower)  # shares the weights
     earlier.cut = tower.cut - 1
-    before, block = earlier.prefix(images), tower.visual.transformer.resblocks[tower.cut - 1]
-    return run_block(block, before), before, block
+    before = earlier.prefix(images)  # (B, p + N, D)
+    attention = partial(tower.adapter.class_attention, before, earlier.cut)
+    return tower.adapter.run(before, earlier.cut, tower.cut), tower.num_tokens, attention
 
 
 @dataclass(frozen=True)

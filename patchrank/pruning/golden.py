@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from patchrank.data.pair_batches import PairBatch
 from patchrank.errors import UserError
-from patchrank.pruning.selector import Selector
+from patchrank.pruning.selector import Attention, Selector
 from patchrank.store import rankings
 from patchrank.store.corpus import Rankings
 
@@ -59,9 +58,9 @@ class Golden(Selector):
         finally:
             self._current = None
 
-    def forward(self, tokens: Tensor, before: Tensor | None, block: Any, batch: PairBatch | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, count: int, attention: Attention, batch: PairBatch | None = None) -> Tensor:
         """As `Selector.forward`; raises UserError where the images have no rankings, or those named are not as many."""
-        ranking, shape = self._current, (tokens.shape[0], tokens.shape[1] - 1)
+        ranking, shape = self._current, (tokens.shape[0], count)
         if batch is not None:
             ranking = batch.ranking
             if ranking is None:

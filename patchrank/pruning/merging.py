@@ -7,28 +7,26 @@ patch ("proportional attention").
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
-from patchrank.model.tower import add_attended, attend, block_multiply_adds, embed_multiply_adds, project, run_mlp
+from patchrank.model.adapter import Adapter
+from patchrank.model.kinds import adapt
 from patchrank.pruning.methods import Method
-from patchrank.pruning.pruned import full_multiply_adds, pruned_multiply_adds
-from patchrank.pruning.stand_in import Schedule, StandIn
+from patchrank.pruning.schedule import Schedule, scheduled_multiply_adds
+from patchrank.pruning.stand_in import StandIn
 
 
 class MergedTower(StandIn):
-    """An open_clip image tower that merges tokens.
+    """An image tower that merges tokens.
 
     Args:
         visual: as for `StandIn`.
         merges: how many pairs become one in each block but the last.
     """
 
-    def __init__(self, visual: VisionTransformer, merges: list[int]) -> None:
+    def __init__(self, visual: nn.Module, merges: list[int]) -> None:
         super().__init__(visual)
         self.merges = merges
 
@@ -39,25 +37,23 @@ class MergedTower(StandIn):
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings, (B, 3, H, W) -> (B, E), as the original tower gives them: not normalised."""
-        visual: Any = self.original
         if self.idle:
-            return visual(images)
-        x = visual._embeds(images)  # (B, 1 + N, D)
-        sizes = x.new_ones(x.shape[:2], dtype=torch.float32)  # (B, 1 + N)
-        blocks = visual.transformer.resblocks
-        for number, merges in enumerate(self.merges):
-            x, sizes = merge_block(blocks[number], x, sizes, merges)
-        x = last_block(blocks[-1], x, sizes)[:, 0]  # (B, D)
-        return visual.ln_post(x.to(visual.proj.dtype)) @ visual.proj
+            return self.original(images)
+        x = self.adapter.embed(images)  # (B, p + N, D)
+        sizes = x.new_ones(x.shape[:2], dtype=torch.float32)  # (B, p + N)
+        for number, merges in enumerate([*self.merges, 0]):
+            x, sizes = merge_block(self.adapter, number, x, sizes, merges)
+        return self.adapter.readout(x)
 
     def multiply_adds(self) -> int:
         """As `StandIn.multiply_adds`."""
-        return full_multiply_adds(self.original) if self.idle else merging_multiply_adds(self.original, self.merges)
+        return self.adapter.full_multiply_adds() if self.idle else merging_multiply_adds(self.adapter, self.merges)
 
 
-def image_tower(visual: VisionTransformer, schedule: Schedule) -> MergedTower:
+def image_tower(visual: nn.Module, schedule: Schedule) -> MergedTower:
     """A tower that merges, at as many multiply-adds as dropping tokens by a schedule takes."""
-    return MergedTower(visual, merges_for(visual, pruned_multiply_adds(visual, schedule)) if schedule else [])
+    adapter = adapt(visual)
+    return MergedTower(visual, merges_for(adapter, scheduled_multiply_adds(adapter, schedule)) if schedule else [])
 
 
 def by_merging(_: object) -> Method:
@@ -65,11 +61,11 @@ def by_merging(_: object) -> Method:
     return Method(image_tower=image_tower)
 
 
-def merge_block(block: Any, x: Tensor, sizes: Tensor, merges: int) -> tuple[Tensor, Tensor]:
-    """One block that merges.
+def merge_block(adapter: Adapter, number: int, x: Tensor, sizes: Tensor, merges: int) -> tuple[Tensor, Tensor]:
+    """One block that merges; the last one need not, as the class token alone is read after it.
 
     Args:
-        block: a residual attention block of open_clip.
+        adapter, number: the tower and the block.
         x: (B, n, D), the class token first.
         sizes: (B, n) float32, the patches that each token stands for; 1 for the class token.
         merges: r, at most half of the tokens beside the class token.
@@ -77,18 +73,10 @@ def merge_block(block: Any, x: Tensor, sizes: Tensor, merges: int) -> tuple[Tens
     Returns:
         (B, n - r, D) and (B, n - r); the class token is first.
     """
-    query, key, value = project(block.attn, block.ln_1(x))  # (B, heads, n, D / heads) each
-    x = add_attended(block, x, attend(block.attn, query, key, value, _proportion(sizes, query)))
+    x, key = adapter.attention(x, number, bias=sizes.log())  # (B, n, D), (B, heads, n, D / heads)
     if merges:
         x, sizes = merge(x, sizes, key.mean(dim=1), merges)
-    return run_mlp(block, x), sizes
-
-
-def last_block(block: Any, x: Tensor, sizes: Tensor) -> Tensor:
-    """The class token after the last block, which need not merge: (B, n, D), (B, n) -> (B, 1, D)."""
-    query, key, value = project(block.attn, block.ln_1(x), class_token_only=True)
-    attended = attend(block.attn, query, key, value, _proportion(sizes, query))  # (B, 1, D)
-    return run_mlp(block, add_attended(block, x[:, :1], attended))
+    return adapter.mlp(x, number), sizes
 
 
 def merge(x: Tensor, sizes: Tensor, metric: Tensor, merges: int) -> tuple[Tensor, Tensor]:
@@ -121,30 +109,25 @@ def merge(x: Tensor, sizes: Tensor, metric: Tensor, merges: int) -> tuple[Tensor
     return (total[..., :-1] / total[..., -1:]).to(x.dtype), total[..., -1]
 
 
-def merging_multiply_adds(visual: Any, merges: list[int]) -> int:
+def merging_multiply_adds(adapter: Adapter, merges: list[int]) -> int:
     """Exact multiply-adds of an image; the matching itself is counted, norms and activations are not.
 
     Args:
         merges: r of each block but the last.
     """
-    mlp = visual.transformer.resblocks[0].mlp.c_fc
-    d, hidden = mlp.in_features, mlp.out_features
-    n = 1 + visual.grid_size[0] * visual.grid_size[1]
-    total = embed_multiply_adds(visual) + visual.proj.numel()
-    head = d // visual.transformer.resblocks[0].attn.num_heads
+    n, total = adapter.length, adapter.embed_multiply_adds()
     for r in merges:
-        matching = ((n + 1) // 2) * (n // 2) * head if r else 0
-        total += block_multiply_adds(visual, n) - r * 2 * d * hidden + matching
+        matching = ((n + 1) // 2) * (n // 2) * adapter.head_width if r else 0
+        total += adapter.block_multiply_adds(n) - adapter.mlp_multiply_adds(r) + matching
         n -= r
-    return total + block_multiply_adds(visual, n, class_token_only=True)
+    return total + adapter.block_multiply_adds(n, last=True) + adapter.readout_multiply_adds(n)
 
 
-def merges_for(visual: Any, multiply_adds: int) -> list[int]:
+def merges_for(adapter: Adapter, multiply_adds: int) -> list[int]:
     """The r of each block but the last with which an image takes about so many multiply-adds: the same r in all blocks,
     or one more in the first of them; the closest there is.
     """
-    blocks = len(visual.transformer.resblocks) - 1
-    tokens = visual.grid_size[0] * visual.grid_size[1]
+    blocks, tokens = adapter.depth - 1, adapter.num_tokens
 
     def spread(total: int) -> list[int]:
         left, merges = tokens, []
@@ -155,9 +138,4 @@ def merges_for(visual: Any, multiply_adds: int) -> list[int]:
         return merges
 
     candidates = [spread(total) for total in range(tokens * 4)]
-    return min(candidates, key=lambda merges: abs(merging_multiply_adds(visual, merges) - multiply_adds))
-
-
-def _proportion(sizes: Tensor, like: Tensor) -> Tensor:
-    """What proportional attention adds to the logits, (B, n) -> (B, 1, 1, n)."""
-    return sizes.log().to(like.dtype)[:, None, None]
+    return min(candidates, key=lambda merges: abs(merging_multiply_adds(adapter, merges) - multiply_adds))

@@ -19,8 +19,9 @@ if TYPE_CHECKING:  # the report reads this file, and torch takes seconds to impo
 
     from patchrank.pruning.bundle import Bundle
     from patchrank.pruning.prompts import VisualTokens
+    from patchrank.pruning.schedule import Schedule
     from patchrank.pruning.selector import Selector
-    from patchrank.pruning.stand_in import Schedule, StandIn
+    from patchrank.pruning.stand_in import StandIn
 
 UNPRUNED = "unpruned"  # the model as it is, which every comparison begins with
 GOLDEN, PREDICTOR, TOKENS = "golden", "predictor", "predictor-tokens"

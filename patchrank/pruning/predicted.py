@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
 from patchrank.data.pair_batches import PairBatch
+from patchrank.model.adapter import Adapter
 from patchrank.pruning.bundle import Bundle
 from patchrank.pruning.methods import Method
 from patchrank.pruning.predictor import Predictor
-from patchrank.pruning.selector import Selector
+from patchrank.pruning.selector import Attention, Selector
 
 
 class Predicted(Selector):
@@ -21,11 +21,11 @@ class Predicted(Selector):
         super().__init__()
         self.predictor = predictor
 
-    def forward(self, tokens: Tensor, before: Tensor | None, block: Any, batch: PairBatch | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, count: int, attention: Attention, batch: PairBatch | None = None) -> Tensor:
         """As `Selector.forward`."""
         return self.predictor(tokens)
 
-    def multiply_adds(self, visual: Any, schedule: Mapping[int, int]) -> int:
+    def multiply_adds(self, adapter: Adapter, schedule: Mapping[int, int]) -> int:
         """As `Selector.multiply_adds`."""
         return self.predictor.multiply_adds() if schedule else 0
 

@@ -78,20 +78,20 @@ class VisualTokens(nn.Module):
 
         Args:
             images: (B, 3, H, W).
-            tokens: (B, 1 + N, D), what `Tower.prefix` makes of them, where that is known already.
+            tokens: (B, p + N, D), what `Tower.prefix` makes of them, where that is known already.
 
         Returns:
-            (B, 1 + N + b, D).
+            (B, p + N + b, D).
         """
         if self.config.place == "input":
             return tower.prefix(images, self.extra())
         if tokens is None:
             with torch.no_grad():
-                tokens = tower.prefix(images)  # (B, 1 + N, D)
+                tokens = tower.prefix(images)  # (B, p + N, D)
         return self.append(tokens)
 
     def append(self, tokens: Tensor) -> Tensor:
-        """Tokens before the cut with these behind them, for the place "cut": (B, 1 + N, D) -> (B, 1 + N + b, D)."""
+        """Tokens before the cut with these behind them, for the place "cut": (B, p + N, D) -> (B, p + N + b, D)."""
         return torch.cat([tokens, self.extra().to(tokens.dtype).expand(len(tokens), -1, -1)], dim=1)
 
     def embeddings(self, tower: Tower, images: Tensor, choose: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -100,7 +100,7 @@ class VisualTokens(nn.Module):
         Args:
             tower: the frozen tower.
             images: (B, 3, H, W), preprocessed.
-            choose: (B, 1 + N + b, D) tokens before the cut -> (B, n) int64 ids of those that stay; no gradient flows
+            choose: (B, p + N + b, D) tokens before the cut -> (B, n) int64 ids of those that stay; no gradient flows
                 through it. All stay where None.
 
         Returns:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
 from patchrank.data.pair_batches import PairBatch
+from patchrank.model.adapter import Adapter
+
+Attention = Callable[[], Tensor] | None
+"""Computes how much the class token attends to each patch: (B, n) float32, as `Adapter.class_attention`."""
 
 
 class Selector(nn.Module):
@@ -21,13 +24,13 @@ class Selector(nn.Module):
     tells_anew = False
     needs_a_block = False
 
-    def forward(self, tokens: Tensor, before: Tensor | None, block: Any, batch: PairBatch | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, count: int, attention: Attention, batch: PairBatch | None = None) -> Tensor:
         """Usefulness of each patch, high = keep.
 
         Args:
-            tokens: (B, 1 + n, D), the class token and the patches that are there.
-            before: (B, 1 + n, D), the same before the previous block; None at the input.
-            block: the previous block, or None.
+            tokens: (B, p + n, D), the prefix tokens and the patches that are there.
+            count: n.
+            attention: the class token's to the patches in the block before; None at the input.
             batch: the images, where they are known: in an evaluation, not in a model that `patchrank.prune` made.
 
         Returns:
@@ -35,6 +38,6 @@ class Selector(nn.Module):
         """
         raise NotImplementedError
 
-    def multiply_adds(self, visual: Any, schedule: Mapping[int, int]) -> int:
+    def multiply_adds(self, adapter: Adapter, schedule: Mapping[int, int]) -> int:
         """What an image costs it."""
         return 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from open_clip.transformer import VisionTransformer
-from torch import nn
+from typing import Any
 
-Schedule = dict[int, int]
-"""How many patch tokens go on, by the number of the block before which the others leave."""
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from patchrank.model.kinds import adapt
 
 
 class StandIn(nn.Module):
@@ -16,9 +19,10 @@ class StandIn(nn.Module):
         visual: the tower; its modules are used as they are, none is copied or changed.
     """
 
-    def __init__(self, visual: VisionTransformer) -> None:
+    def __init__(self, visual: nn.Module) -> None:
         super().__init__()
         self.original = visual
+        self.adapter = adapt(visual)
         # What open_clip and its users ask an image tower for: image_size, preprocess_cfg, output_dim and the like.
         for name, value in vars(visual).items():
             if not name.startswith("_") and name != "training":
@@ -32,3 +36,18 @@ class StandIn(nn.Module):
     def multiply_adds(self) -> int:
         """Exact multiply-adds of an image, what tells or matches tokens included; norms and activations are not."""
         raise NotImplementedError
+
+
+def count_multiply_adds(visual: nn.Module) -> int:
+    """What PyTorch itself counts of an image that goes through an image tower, pruned or not, to check the formulas."""
+    tower: Any = visual
+    adapter = adapt(getattr(tower, "original", tower))
+    images = torch.zeros(1, 3, *tower.image_size, dtype=adapter.dtype, device=adapter.device)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # which hides what it does from the counter, as fused attention does
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            tower(images)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return counter.get_total_flops() // 2

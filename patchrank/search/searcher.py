@@ -200,7 +200,7 @@ class Searcher:
             images: (B, 3, H, W), preprocessed.
             labels: (B,) int64 ground-truth classes; needed for the "label" score alone.
         """
-        tokens = self.tower.prefix(images)  # (B, 1 + N, D)
+        tokens = self.tower.prefix(images)  # (B, p + N, D)
         everything = torch.arange(len(tokens), device=tokens.device)
         full = self.candidates.embed(tokens, everything)  # (B, E)
         if labels is not None:

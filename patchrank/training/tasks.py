@@ -88,7 +88,7 @@ class RankedImages:
             )
 
     def tokens(self, batch: PairBatch) -> Tensor:
-        """(B, 1 + N, D) before the cut, of a batch to train on."""
+        """(B, p + N, D) before the cut, of a batch to train on."""
         with torch.no_grad():
             return self.tower.prefix(batch.pixels) if batch.tokens is None else batch.tokens.to(self.tower.device)
 
@@ -291,7 +291,7 @@ class TokensTask:
         assert isinstance(module, VisualTokens)
         tower = self.images.tower
         if self.config.place == "input":
-            tokens = module.prefix(tower, batch.pixels)  # (B, 1 + N + b, D)
+            tokens = module.prefix(tower, batch.pixels)  # (B, p + N + b, D)
         else:
             tokens = module.append(self.images.tokens(batch))
         with torch.no_grad():

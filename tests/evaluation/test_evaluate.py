@@ -306,8 +306,8 @@ def test_at_keep_1_every_way_of_pruning_leaves_a_tower_of_low_precision_as_it_is
 
 def test_a_method_that_is_new_in_the_registry_is_evaluated(data, monkeypatch):
     class First(Selector):
-        def forward(self, tokens, before, block, batch=None):
-            return -torch.arange(tokens.shape[1] - 1.0).expand(len(tokens), -1)
+        def forward(self, tokens, count, attention, batch=None):
+            return -torch.arange(float(count)).expand(len(tokens), -1)
 
     monkeypatch.setitem(METHODS, "first", Entry("First", lambda bundle: Method(First()), "#000000", "x", "-", 9))
     model = loading.load(f"local-dir:{data / 'model'}")

@@ -51,7 +51,7 @@ def test_rows_equal_the_loop_over_images(setting):
         cosines, hits, labelled, matching = [], 0, 0, []
         for batch in batches:
             selector = Golden() if row.method == "golden" else Chance()
-            usefulness = selector(torch.zeros(len(batch.keys), 21, 8), None, None, batch)
+            usefulness = selector(torch.zeros(len(batch.keys), 21, 8), 20, None, batch)
             count = round(20 * row.keep)
             matching += matching_rate(usefulness, batch.ranking, count).tolist()
             for image, values in zip(range(len(batch.keys)), usefulness.tolist(), strict=True):

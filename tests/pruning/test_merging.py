@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 import patchrank
+from patchrank.model.kinds import adapt
 from patchrank.pruning.merging import MergedTower, merge, merge_block, merges_for, merging_multiply_adds
-from patchrank.pruning.pruned import count_multiply_adds, full_multiply_adds, pruned_multiply_adds
+from patchrank.pruning.schedule import scheduled_multiply_adds
+from patchrank.pruning.stand_in import count_multiply_adds
 
 
 def slow_merge(x, sizes, metric, merges):
@@ -57,9 +59,8 @@ def test_a_token_that_stands_for_two_patches_is_attended_to_twice(small_clip):
     visual = small_clip().visual
     x = torch.randn(2, 6, 32)
     x[:, 3] = x[:, 4] = x[:, 5]
-    block = visual.transformer.resblocks[0]
-    merged, sizes = merge_block(block, x[:, :4], torch.tensor([[1.0, 1, 1, 3]] * 2), 0)
-    torch.testing.assert_close(merged, block(x)[:, :4])
+    merged, sizes = merge_block(adapt(visual), 0, x[:, :4], torch.tensor([[1.0, 1, 1, 3]] * 2), 0)
+    torch.testing.assert_close(merged, visual.transformer.resblocks[0](x)[:, :4])
     assert sizes.tolist() == [[1, 1, 1, 3]] * 2
 
 
@@ -87,12 +88,12 @@ def test_sizes_add_up_and_every_patch_counts_once(small_clip):
 
 @pytest.mark.parametrize("keep", [0.8, 0.5, 0.3])
 def test_merging_takes_as_many_multiply_adds_as_pruning(small_clip, keep):
-    visual = small_clip(layers=8, image_size=(32, 32)).visual  # 64 patches
+    adapter = adapt(small_clip(layers=8, image_size=(32, 32)).visual)  # 64 patches
     schedule = {2: math.floor(64 * keep + 0.5)}
-    target = pruned_multiply_adds(visual, schedule)
-    merges = merges_for(visual, target)
+    target = scheduled_multiply_adds(adapter, schedule)
+    merges = merges_for(adapter, target)
     assert len(merges) == 7 and sum(merges[:3]) <= 32  # half of the tokens at most find a partner
-    assert merging_multiply_adds(visual, merges) == pytest.approx(target, rel=0.02)
+    assert merging_multiply_adds(adapter, merges) == pytest.approx(target, rel=0.02)
 
 
 @pytest.mark.parametrize("merges", [[0, 0, 0], [3, 2, 1]])
@@ -100,4 +101,4 @@ def test_the_formula_counts_what_pytorch_counts(small_clip, merges):
     visual = small_clip().visual
     tower = MergedTower(visual, merges)
     assert count_multiply_adds(tower) == tower.multiply_adds()
-    assert count_multiply_adds(visual) == full_multiply_adds(visual)
+    assert count_multiply_adds(visual) == adapt(visual).full_multiply_adds()

@@ -15,8 +15,9 @@ from patchrank.model.tower import Tower
 from patchrank.pruning import methods
 from patchrank.pruning.comparison import Comparison
 from patchrank.pruning.methods import METHODS, Entry, Method, Need, choose, there_is
-from patchrank.pruning.pruned import count_multiply_adds, pruned_tower
+from patchrank.pruning.pruned import pruned_tower
 from patchrank.pruning.selector import Selector
+from patchrank.pruning.stand_in import count_multiply_adds
 from patchrank.tokens import tokens_kept
 
 CAPABLE = set(Need)
@@ -25,8 +26,8 @@ CAPABLE = set(Need)
 class Longest(Selector):
     """Keeps the tokens of the largest norm."""
 
-    def forward(self, tokens, before, block, batch=None):
-        return tokens[:, 1:].norm(dim=-1)
+    def forward(self, tokens, count, attention, batch=None):
+        return tokens[:, -count:].norm(dim=-1)
 
 
 @pytest.fixture

@@ -46,9 +46,9 @@ def test_class_attention_is_that_of_the_models_last_block_before_the_cut(small_c
         if vision:
             query, key = block.attn.ln_q(query), block.attn.ln_k(key)
         expected += torch.einsum("bd,bnd->bn", query, key).div(8**0.5).softmax(dim=1)[:, 1:] / 4
-    tokens, before, block_before = before_cut(tower, batch.pixels)
+    tokens, count, attention = before_cut(tower, batch.pixels)
     assert torch.equal(tokens, tower.prefix(batch.pixels))
-    found = ClassAttention()(tokens, before, block_before)
+    found = ClassAttention()(tokens, count, attention)
     torch.testing.assert_close(found, expected)
     if not vision:
         weights = block.attn(x, x, x, need_weights=True)[1]  # (2, 21, 21), the mean over heads
@@ -60,7 +60,7 @@ def test_random_depends_on_the_key_alone():
     tokens = torch.zeros(3, 1 + 20, 8)
 
     def random(tokens, batch):
-        return Chance()(tokens, None, None, batch)
+        return Chance()(tokens, 20, None, batch)
 
     found = random(tokens, make_batch(["a", "b", "c"]))
     again = random(tokens.flip(0), make_batch(["c", "b", "a"]))
@@ -71,7 +71,7 @@ def test_random_depends_on_the_key_alone():
 
 def test_golden_gives_the_ranking_back_and_refuses_images_without_one():
     batch = make_batch("abc")
-    usefulness = Golden()(torch.zeros(3, 21, 8), None, None, batch)
+    usefulness = Golden()(torch.zeros(3, 21, 8), 20, None, batch)
     assert torch.equal(usefulness.argsort(dim=1, descending=True), batch.ranking)
     with pytest.raises(UserError, match=r"these images have no golden rankings; run jobs/search\.py"):
-        Golden()(torch.zeros(3, 21, 8), None, None, make_batch("abc", ranked=False))
+        Golden()(torch.zeros(3, 21, 8), 20, None, make_batch("abc", ranked=False))
