@@ -33,7 +33,8 @@ from patchrank.errors import run
 from patchrank.model.loading import resolve_dtype
 from patchrank.model.tower import Tower
 from patchrank.store import queries, rankings
-from patchrank.store.corpus import Rankings, file_name
+from patchrank.store.folder import Folder, file_name
+from patchrank.store.rankings import Rankings
 
 GRID = (14, 14)
 KEEP_RATES = (0.8, 0.7, 0.6, 0.5, 0.4)
@@ -72,8 +73,7 @@ def drawn(shard: int, rows: int) -> pa.Table:
     shape = (rows, len(KEEP_RATES))
     labels = rng.integers(0, CLASSES, rows)
     prediction = np.where(rng.random(rows) < 0.7, labels, rng.integers(0, CLASSES, rows))
-    return rankings.table(
-        shard=uri(shard),
+    found = rankings.Ranked(
         keys=[f"n{label:08d}_{rng.integers(100_000)}_{row}" for row, label in enumerate(labels)],
         labels=labels.tolist(),
         ranking=ranking,
@@ -88,19 +88,20 @@ def drawn(shard: int, rows: int) -> pa.Table:
         pruned_confidence=rng.random(shape, np.float32),
         pruned_cosine=1 - np.abs(rng.normal(0, 0.01, shape)).astype(np.float32),
     )  # fmt: skip
+    return rankings.table(uri(shard), found)
 
 
 def write(folder: str, count: int, rows: int, report: Report) -> None:
     """Write the shards that the folder does not have yet."""
     about = {"class_names": [f"class {label}" for label in range(CLASSES)]}
-    fingerprint = rankings.prepare(folder, {"grid": list(GRID), "keep_rates": list(KEEP_RATES), "about": about})
-    done = rankings.finished(folder, [uri(shard) for shard in range(count)])
+    home = Folder(folder).prepare({"grid": list(GRID), "keep_rates": list(KEEP_RATES), "about": about})
+    done = home.finished([uri(shard) for shard in range(count)])
     todo = [shard for shard in range(count) if uri(shard) not in done]
     seconds, size = 0.0, 0
     for shard in todo:
         table = drawn(shard, rows)
         start = time.perf_counter()
-        size += rankings.write(folder, uri(shard), table, [], fingerprint)
+        size += home.write(uri(shard), table, encode=rankings.encode)
         seconds += time.perf_counter() - start
     if todo:
         written = len(todo) * rows
@@ -175,7 +176,7 @@ def resume(count: int, report: Report) -> None:
         start = time.perf_counter()
         uris = shards.expand([str(tars)])
         listed = time.perf_counter() - start
-        done = rankings.finished(str(folder), uris)
+        done = Folder(str(folder)).finished(uris)
         seconds = time.perf_counter() - start
     correct = len(uris) == count and len(done) == count // 2
     text = f"{count:,} shards: {listed:.2f} s to list, {seconds - listed:.2f} s to tell which are done"

@@ -48,6 +48,7 @@ from patchrank.search.candidates import Candidates
 from patchrank.search.scores import predict
 from patchrank.search.searcher import SearchConfig, Searcher
 from patchrank.store import rankings
+from patchrank.store.folder import file_name
 from patchrank.tokens import matching_rate, tokens_kept
 
 KEEP_RATES = (0.8, 0.7, 0.6, 0.5, 0.4)
@@ -150,7 +151,7 @@ def searched(folders: list[str], uris: list[str], tower: Tower, model: Model) ->
         if name is None or config.score != "preservation":
             raise UserError(f"--rankings {folder}: its search is none of those by preservation that are compared here")
         for uri in uris:
-            if rankings.file_name(uri) in corpus.files:
+            if file_name(uri) in corpus.files:
                 table = corpus.tensors(["ranking"], uri)
                 shard = os.path.basename(uri)
                 found.update({(shard, key, name): row for key, row in zip(table["key"], table["ranking"], strict=True)})

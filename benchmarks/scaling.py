@@ -48,6 +48,7 @@ from patchrank.model.tower import Tower
 from patchrank.search.ranker import ShardRanker
 from patchrank.search.searcher import SearchConfig, Searcher
 from patchrank.store import rankings
+from patchrank.store.folder import Folder
 
 BUSY, THROUGHPUT = 0.97, 0.95  # the goals
 SHARDS_AN_ACTOR = 4
@@ -58,8 +59,7 @@ IMAGES = 1000  # a shard
 class Sleep:
     """What a simulated actor must know, in the place of a `Plan`."""
 
-    folder: str
-    fingerprint: str
+    folder: Folder
     seconds: float
     table: Any
 
@@ -94,7 +94,7 @@ class Sleeper:
             time.sleep(min(1.0, left))
             progress.images = min(len(plan.table), int(len(plan.table) * (time.monotonic() - start) / plan.seconds))
         progress.images = len(plan.table)
-        size = rankings.write(plan.folder, shard, plan.table, [], plan.fingerprint)
+        size = plan.folder.write(shard, plan.table, encode=rankings.encode)
         del self._progress[shard]
         # Start and end, from which the driver tells how many were at work when, in place of the peak memory.
         return ShardReport(progress, None, size, 0, f"{start} {time.monotonic()}")
@@ -154,20 +154,20 @@ def simulate(actors: int, seconds: float, processes: int) -> bool:
             driver.sample()
 
     uris = [uri(shard) for shard in range(actors * SHARDS_AN_ACTOR)]
-    with tempfile.TemporaryDirectory(prefix="patchrank-") as folder:
-        fingerprint = rankings.prepare(folder, {"grid": list(GRID), "keep_rates": list(KEEP_RATES)})
+    with tempfile.TemporaryDirectory(prefix="patchrank-") as scratch:
+        folder = Folder(scratch).prepare({"grid": list(GRID), "keep_rates": list(KEEP_RATES)})
         with connected("local", actors=None, cpus=None, gpus=0, shards=len(uris)):
-            summary = SearchSummary(folder, len(uris), 0)
+            summary = SearchSummary(folder.uri, len(uris), 0)
             pool = Simulation(actors, processes)
-            plan: Any = Sleep(folder, fingerprint, seconds, drawn(0, IMAGES))
+            plan: Any = Sleep(folder, seconds, drawn(0, IMAGES))
             watcher = threading.Thread(target=watch)
             watcher.start()
             try:
-                work_through(pool, "rank", "search", ray.put(plan), uris, summary)
+                work_through(pool, "rank", folder, ray.put(plan), uris, summary)
             finally:
                 done.set()
                 watcher.join()
-        written = len(rankings.finished(folder, uris))
+        written = len(folder.finished(uris))
     times = [tuple(map(float, report.process.split())) for report in summary.reports.values()]
     full, empty = sorted(start for start, _ in times)[actors - 1], max(start for start, _ in times)
     at_work = sum(max(0.0, min(end, empty) - max(start, full)) for start, end in times)
@@ -192,19 +192,19 @@ def compare(images: int, rounds: int) -> bool:
     settings = {"grid": list(tower.grid), "keep_rates": list(KEEP_RATES)}
     uris = assets.TRAIN_SHARDS
 
-    def in_process(folder: str) -> float:
-        fingerprint = rankings.prepare(folder, settings)
+    def in_process(scratch: str) -> float:
+        folder = Folder(scratch).prepare(settings)
         ranker = ShardRanker(Searcher(tower, config, keep_rates=KEEP_RATES), model.preprocess(), None, batch, images)
         ends = []
         for shard in uris:
             ranked = ranker.rank(shard)
-            rankings.write(folder, shard, ranked.table, ranked.rejects, fingerprint)
+            folder.write(shard, ranked.table, ranked.rejects, encode=rankings.encode)
             ends.append(time.perf_counter())
         return images * (len(uris) - 1) / (ends[-1] - ends[0])
 
-    def through_ray(folder: str) -> float:
-        fingerprint = rankings.prepare(folder, settings)
-        plan = Plan(folder, fingerprint, config, KEEP_RATES, None, 100.0, batch, None, images)
+    def through_ray(scratch: str) -> float:
+        folder = Folder(scratch).prepare(settings)
+        plan = Plan(folder, config, KEEP_RATES, None, 100.0, batch, None, images)
         with connected("local", actors=1, cpus=cores, gpus=1 if gpu else 0, shards=len(uris)) as places:
             shared = Shared(ray.put(copy.deepcopy(tower).to("cpu")), ray.put(model.preprocess()), places, MAX_PIXELS)
             pool = Pool(RankingActor, shared, 1, places.cpus, places.gpus)

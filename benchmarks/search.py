@@ -56,6 +56,7 @@ from patchrank.model.tower import Tower
 from patchrank.search.ranker import ShardRanker
 from patchrank.search.searcher import SearchConfig, Searcher
 from patchrank.store import rankings
+from patchrank.store.folder import Folder
 
 
 def authors_shape(visual: Any, tokens: Tensor, full: Tensor, cut: int) -> Tensor:
@@ -192,12 +193,12 @@ def actor(
         paths = [f"{folder}/{number}.tar" for number in range(shards)]
         for number, path in enumerate(paths):
             write_photos(path, images, seed=number)
-        fingerprint = rankings.prepare(f"{folder}/out", {})
+        out = Folder(f"{folder}/out").prepare({})
         device = threading.Lock()
 
         def rank(path: str) -> float:
             progress = Progress()
-            write(f"{folder}/out", fingerprint, path, ranker.rank(path, progress, device))
+            write(out, path, ranker.rank(path, progress, device), rankings.encode)
             return progress.seconds["search"]
 
         with profile(activities=[ProfilerActivity.CUDA]) if gpu else contextlib.nullcontext() as profiled:

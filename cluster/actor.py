@@ -31,6 +31,7 @@ from patchrank.search.estimate import seconds_per_image
 from patchrank.search.ranker import ShardRanker
 from patchrank.search.searcher import SearchConfig, Searcher
 from patchrank.store import rankings, storage
+from patchrank.store.folder import Folder, serialise
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,7 @@ class Shared:
 class Plan:
     """What an actor must know to rank a shard; `classes` is (K, E) or None."""
 
-    folder: str
-    fingerprint: str
+    folder: Folder
     config: SearchConfig
     keep_rates: tuple[float, ...]
     classes: Tensor | None
@@ -139,7 +139,7 @@ class RankingActor:
         """
         with self._watched(shard) as progress:
             metrics = self._metrics[shard] = Metrics(progress)
-            check_folder(plan.folder, plan.fingerprint)
+            check_folder(plan.folder)
             tower, preprocess = self._load(shared)
             searcher = self._search(tower, plan)
             num_classes = None if plan.classes is None else len(plan.classes)
@@ -147,7 +147,7 @@ class RankingActor:
             ranker = ShardRanker(searcher, preprocess, num_classes, plan.images_per_batch, plan.limit, threads)
             ranked = ranker.rank(shard, progress, self._device)
             with progress.timed("write"):
-                size = write(plan.folder, plan.fingerprint, shard, ranked)
+                size = write(plan.folder, shard, ranked, rankings.encode)
             self._metrics.pop(shard, None)
             metrics.tell()
             return report(ranked, progress, size)
@@ -197,39 +197,30 @@ def report(found: ShardResult, progress: Progress, size: int) -> ShardReport:
 
 
 def write(
-    folder: str,
-    fingerprint: str,
+    folder: Folder,
     shard: str,
     found: ShardResult,
-    kind: str = "search",
-    encoded: Callable[[pa.Table, Mapping[str, str]], bytes] | None = None,
+    encode: Callable[[pa.Table, Mapping[str, str]], bytes] = serialise,
 ) -> int:
-    """Write what came of a shard; the number of bytes. Raises OutputError where that will not do for any other.
+    """Write what came of a shard, as `Folder.write` does; the number of bytes.
 
-    Args:
-        kind, encoded: as for `rankings.prepare` and `rankings.write`.
+    Raises:
+        OutputError: it cannot be written, nor could that of any other shard.
     """
-    size = 0
     try:
-        # It may have been taken away meanwhile, and writing would make another, without search.json.
-        check_folder(folder, fingerprint, kind)
-        if found.error:  # first, lest the part that could be read should ever pass for the whole
-            rankings.record_failure(folder, shard, found.error)
-        if found.error is None or len(found.table) or found.rejects:
-            size = rankings.write(folder, shard, found.table, found.rejects, fingerprint, encoded)
-        if found.error is None:
-            rankings.clear_failure(folder, shard)
+        # It may have been taken away meanwhile, and writing would make another, without its settings.
+        check_folder(folder)
+        return folder.write(shard, found.table, found.rejects, found.error, encode)
     except OSError as error:
         if error.errno not in _LASTING:
             raise
-        raise OutputError(f"{folder}: cannot be written: {storage.one_line(error)}") from None
-    return size
+        raise OutputError(f"{folder.uri}: cannot be written: {storage.one_line(error)}") from None
 
 
-def check_folder(folder: str, fingerprint: str, kind: str = "search") -> None:
+def check_folder(folder: Folder) -> None:
     """Raises OutputError where this machine does not see the folder of the job."""
-    if not rankings.holds(folder, fingerprint, kind):
+    if not folder.holds():
         raise OutputError(
-            f"{folder}: as seen from {socket.gethostname()} not the folder of this {kind}; it must stay where it "
-            "is, and with several nodes be in a bucket or on a shared disk"
+            f"{folder.uri}: as seen from {socket.gethostname()} not the folder of this {folder.kind}; it must stay "
+            "where it is, and with several nodes be in a bucket or on a shared disk"
         )

@@ -18,7 +18,7 @@ from patchrank.model import loading
 from patchrank.model.tower import Tower
 from patchrank.search.estimate import bytes_per_image, multiply_adds
 from patchrank.search.searcher import Searcher
-from patchrank.store import rankings, storage
+from patchrank.store.folder import Folder
 
 SECONDS = 5.0  # of timing an actor
 SAMPLED_SHARDS = 8
@@ -66,23 +66,22 @@ def estimate(job: SearchJob) -> Estimate:
     """
     uris = shards.expand(job.shards)
     model = loading.load(job.model, job.pretrained)
-    folder = storage.absolute(job.out)
-    with usable(folder):
-        found = rankings.read_search(folder)
-        done = rankings.finished(folder, uris) if found else set()
+    folder = Folder(job.out)
+    with usable(folder.uri):
+        found = folder.read()
+        done = folder.finished(uris) if found else set()
     todo = [uri for uri in uris if uri not in done]
     flags = (job.address, job.actors, job.cpus_per_actor, job.gpus_per_actor)
     with connected(*flags, shards=len(uris)) as places:
         tower = Tower(model.visual, job.cut, loading.resolve_dtype(job.dtype, places.gpu), name=job.model)
         if found:  # classes apart, which would take time to make
-            rankings.check_same(folder, found["settings"] | {"classes": None}, settings(job, model, tower, None, None))
+            folder.check_same(found["settings"] | {"classes": None}, settings(job, model, tower, None, None))
         config = replace(job.config, score="preservation")
         searcher = Searcher(tower, config, keep_rates=job.keep_rates)
         actors = min(places.actors, len(todo))
         shared = Shared(ray.put(tower), ray.put(model.preprocess()), places, job.max_pixels)
         plan = Plan(
             folder=folder,
-            fingerprint="",
             config=config,
             keep_rates=tuple(job.keep_rates),
             classes=None,

@@ -37,10 +37,9 @@ from patchrank.pruning.methods import METHODS, UNPRUNED, Need
 from patchrank.pruning.pruned import pruned_tower
 from patchrank.pruning.stand_in import count_multiply_adds
 from patchrank.store import rankings, storage
-from patchrank.store.corpus import Rankings, tables
+from patchrank.store.folder import Folder
+from patchrank.store.rankings import Rankings
 from patchrank.tokens import count_kept
-
-KIND = "evaluation"
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def run(job: EvaluationJob) -> EvaluationSummary:
     prototypes = shards.expand(job.prototypes) if job.prototypes else []
     names = classes.read_names(job.class_names) if job.class_names else None
     model = loading.load(job.model, job.pretrained)
-    folder = storage.absolute(job.out)
+    folder = Folder(job.out, "evaluation")
     if corpus is not None and job.limit is None:
         job = replace(job, limit=corpus.settings.get("limit"))
     asks = bool(names or prototypes or job.class_embeddings)
@@ -123,24 +122,23 @@ def run(job: EvaluationJob) -> EvaluationSummary:
         identity, known = classes_of(corpus)
         names = corpus.class_names
     else:
-        identity, known = class_source(job, model, folder, names, prototypes)
+        identity, known = class_source(job, model, folder.uri, names, prototypes)
         names = known.names if known else names if identity else None
     flags = (job.address, job.actors, job.cpus_per_actor, job.gpus_per_actor)
-    with connected(*flags, shards=len(uris)) as places, usable(folder):
+    with connected(*flags, shards=len(uris)) as places, usable(folder.uri):
         found = _setting(job, model, corpus, loading.resolve_dtype(job.dtype, places.gpu))
-        fingerprint = rankings.prepare(folder, _settings(job, found, identity, names), KIND)
-        done = rankings.finished(folder, uris)
+        folder.prepare(_settings(job, found, identity, names))
+        done = folder.finished(uris)
         todo = [uri for uri in uris if uri not in done]
-        summary = EvaluationSummary(folder, len(uris), len(done))
+        summary = EvaluationSummary(folder.uri, len(uris), len(done))
         start = time.monotonic()
         shared = Shared(ray.put(found.tower), ray.put(model.preprocess()), places, job.max_pixels)
         size = min(places.actors, max(1, len(todo), len(prototypes)))
         pool = Pool(EvaluationActor, shared, size, places.cpus, places.gpus, (OutputError,), places.room)
         batch = job.images_per_batch or (64 if places.gpu else 8)
-        known = settle(pool, prototypes, folder, identity, known, names, batch)
+        known = settle(pool, prototypes, folder.uri, identity, known, names, batch)
         plan = EvaluationPlan(
             folder=folder,
-            fingerprint=fingerprint,
             methods=tuple(found.methods),
             bundle=found.bundle,
             rankings=None if corpus is None else corpus.folder,
@@ -154,14 +152,14 @@ def run(job: EvaluationJob) -> EvaluationSummary:
                 match=job.match,
             ),
         )
-        work_through(pool, "evaluate", KIND, ray.put(plan), todo, summary, job.limit)
+        work_through(pool, "evaluate", folder, ray.put(plan), todo, summary, job.limit)
         summary.seconds = time.monotonic() - start
-        there = tables(folder, uris)
+        there = folder.tables(uris)
         if not there:
             shard, reason = min(summary.failures.items())
             raise UserError(f"{shard}: {reason}" + ("; no other shard has a table either" if len(uris) > 1 else ""))
-        summary.content = _sum_up(job, found, names, uris, there, folder, pool)
-        figures.write(folder, summary.content)
+        summary.content = _sum_up(job, found, names, uris, there, folder.uri, pool)
+        figures.write(folder.uri, summary.content)
     if job.save_bundle and found.bundle is not None:
         own = [UNPRUNED, *(name for name, entry in METHODS.items() if Need.PREDICTOR in entry.needs)]
         rows = [row for row in summary.content["figures"] if row["method"] in own]
@@ -208,7 +206,7 @@ def _settings(job: EvaluationJob, found: _Setting, identity: str | None, names: 
         "methods": found.methods,
         "keep_rates": list(job.keep_rates),
         "classes": identity,
-        "rankings": None if corpus is None else rankings.fingerprint(corpus.settings),
+        "rankings": None if corpus is None else corpus.fingerprint,
         "bundle": None if found.bundle is None else loading.digest(found.bundle.state_dict()),
         "limit": job.limit,
         "held_out": job.held_out,

@@ -19,14 +19,14 @@ from patchrank.pruning.bundle import Bundle
 from patchrank.pruning.methods import UNPRUNED
 from patchrank.pruning.pruned import pruned_tower
 from patchrank.store import rankings
+from patchrank.store.folder import Folder
 
 
 @dataclass(frozen=True)
 class EvaluationPlan:
     """What an actor must know to evaluate a shard; `rankings` is a folder or None."""
 
-    folder: str
-    fingerprint: str
+    folder: Folder
     methods: tuple[str, ...]
     bundle: Bundle | None
     rankings: str | None
@@ -63,12 +63,12 @@ class EvaluationActor(RankingActor):
 
     def evaluate(self, shared: Shared, shard: str, plan: EvaluationPlan) -> ShardReport:
         """Evaluate a shard and write its table and its rejects. Raises OutputError where they cannot be written."""
-        check_folder(plan.folder, plan.fingerprint, "evaluation")
+        check_folder(plan.folder)
         evaluator = self._evaluation(shared, plan)
         with self._watched(shard) as progress:
             found = evaluator.evaluate(shard, progress)
             with progress.timed("write"):
-                size = write(plan.folder, plan.fingerprint, shard, found, "evaluation", rankings.serialise)
+                size = write(plan.folder, shard, found)
             return report(found, progress, size)
 
     def latency(self, shared: Shared, item: str, plan: LatencyPlan) -> tuple[list[dict[str, Any]], str]:

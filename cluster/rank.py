@@ -24,7 +24,8 @@ from patchrank.model import classes, loading
 from patchrank.model.loading import Model
 from patchrank.model.tower import Tower
 from patchrank.search.searcher import SearchConfig, Searcher
-from patchrank.store import rankings, status, storage
+from patchrank.store import status
+from patchrank.store.folder import Folder
 
 
 @dataclass(frozen=True)
@@ -101,20 +102,20 @@ def search(job: SearchJob) -> SearchSummary:
     prototypes = shards.expand(job.prototypes) if job.prototypes else []
     names = classes.read_names(job.class_names) if job.class_names else None
     model = loading.load(job.model, job.pretrained)
-    folder = storage.absolute(job.out)
-    identity, known = class_source(job, model, folder, names, prototypes)
+    folder = Folder(job.out)
+    identity, known = class_source(job, model, folder.uri, names, prototypes)
     names = known.names if known else names if identity else None
     flags = (job.address, job.actors, job.cpus_per_actor, job.gpus_per_actor)
-    with connected(*flags, shards=len(uris)) as places, usable(folder):
+    with connected(*flags, shards=len(uris)) as places, usable(folder.uri):
         tower = Tower(model.visual, job.cut, loading.resolve_dtype(job.dtype, places.gpu), name=job.model)
         anything = torch.zeros(1, tower.embed_dim) if identity else None
         # Refuses what does not fit, before anything is written.
         Searcher(tower, job.config, anything, keep_rates=job.keep_rates)
-        fingerprint = rankings.prepare(folder, settings(job, model, tower, identity, names))
-        done = rankings.finished(folder, uris)
-        status.write_shards(folder, uris)
+        folder.prepare(settings(job, model, tower, identity, names))
+        done = folder.finished(uris)
+        status.write_shards(folder.uri, uris)
         todo = [uri for uri in uris if uri not in done]
-        summary = SearchSummary(folder, len(uris), len(done))
+        summary = SearchSummary(folder.uri, len(uris), len(done))
         if not todo:
             return summary
         start = time.monotonic()
@@ -122,10 +123,9 @@ def search(job: SearchJob) -> SearchSummary:
         size = min(places.actors, max(len(todo), len(prototypes)))
         at_once = 2 if places.gpu else 1  # a CPU decodes with the very cores that search
         pool = Pool(RankingActor, shared, size, places.cpus, places.gpus, (OutputError,), places.room, at_once)
-        known = settle(pool, prototypes, folder, identity, known, names, images_per_batch(job, places))
+        known = settle(pool, prototypes, folder.uri, identity, known, names, images_per_batch(job, places))
         plan = Plan(
             folder=folder,
-            fingerprint=fingerprint,
             config=job.config,
             keep_rates=tuple(job.keep_rates),
             classes=known.embeddings if known else None,
@@ -134,7 +134,7 @@ def search(job: SearchJob) -> SearchSummary:
             candidates_per_batch=job.candidates_per_batch,
             limit=job.limit,
         )
-        work_through(pool, "rank", "search", ray.put(plan), todo, summary, job.limit)
+        work_through(pool, "rank", folder, ray.put(plan), todo, summary, job.limit)
         summary.seconds = time.monotonic() - start
     return summary
 
@@ -147,7 +147,7 @@ def images_per_batch(job: SearchJob, places: Places) -> int:
 def work_through(
     pool: Pool,
     method: str,
-    title: str,
+    folder: Folder,
     plan: ray.ObjectRef,
     todo: list[str],
     summary: Summary,
@@ -157,13 +157,12 @@ def work_through(
 
     Args:
         method: (shared, shard, plan) -> ShardReport.
-        title: of the progress bar.
         limit: images of a shard that are worked on, if not all.
 
     Raises:
         UserError: tables cannot be written.
     """
-    with contextlib.closing(Meter(title, summary.shards, summary.folder, summary.resumed, limit)) as meter:
+    with contextlib.closing(Meter(folder.kind, summary.shards, folder.uri, summary.resumed, limit)) as meter:
 
         def show() -> None:
             meter.show(pool.running(), pool.actors_up)
@@ -172,7 +171,7 @@ def work_through(
             for uri, report in pool.run(method, todo, plan, tick=show):
                 if isinstance(report, Failed):
                     summary.failures[uri] = report.reason
-                    rankings.record_failure(summary.folder, uri, report.reason)
+                    folder.record_failure(uri, report.reason)
                     meter.fail()
                     continue
                 summary.reports[uri] = report
@@ -182,7 +181,7 @@ def work_through(
                 show()
         except OutputError as error:
             raise UserError(f"{error}; finished shards are kept: mend this and run the same command again") from None
-    for uri in summary.reports.keys() - summary.failures.keys() - rankings.finished(summary.folder, todo):
+    for uri in summary.reports.keys() - summary.failures.keys() - folder.finished(todo):
         summary.failures[uri] = "was ranked, but its table has since been taken out of the folder"
 
 

@@ -28,9 +28,9 @@ from cluster.training_progress import Board, StepMeter
 from cluster.training_worker import Plan, Task, work
 from patchrank.errors import UserError
 from patchrank.store import storage
-from patchrank.training import configuration
-from patchrank.training import folder as training_folder
-from patchrank.training.folder import Figures
+from patchrank.store.folder import Folder
+from patchrank.training import configuration, outcome
+from patchrank.training.outcome import Figures
 
 POLL_SECONDS = 0.5
 
@@ -82,11 +82,13 @@ def train(task: Task, config: TrainingConfig) -> TrainingSummary:
         KeyboardInterrupt: Ctrl-C; the last checkpoint is kept.
     """
     _check(config)
-    folder = storage.absolute(config.out)
+    folder = Folder(config.out, "training")
     deepspeed = configuration.read(config.deepspeed)
     task.steps_per_epoch(1)  # refuses what cannot be trained on, before Ray is started
+    with folder.usable():
+        found = folder.read()
     # A training that goes on has as many workers as before, whatever machines are up by now.
-    workers = config.workers or training_folder.workers(folder)
+    workers = config.workers or (found["settings"]["workers"] if found else None)
     with connected(config.address, workers, config.cpus_per_worker, config.gpus_per_worker, shards=None) as places:
         steps = max(1, round(config.epochs * task.steps_per_epoch(config.batch * config.accumulate * places.actors)))
         settings = {
@@ -108,9 +110,9 @@ def train(task: Task, config: TrainingConfig) -> TrainingSummary:
             "warmup_num_steps": max(2, steps // 10),
         }
         filled = configuration.fill(deepspeed, automatic)
-        fingerprint = training_folder.prepare(folder, settings)
+        folder.prepare(settings)
         resumed, start = steps, time.monotonic()
-        if training_folder.figures(folder) is None:
+        if outcome.read(folder.uri) is None:
             # Beside the driver: no other machine that is lost can take it away.
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
             board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
@@ -118,7 +120,6 @@ def train(task: Task, config: TrainingConfig) -> TrainingSummary:
                 task=ray.put(task),
                 board=board,
                 folder=folder,
-                fingerprint=fingerprint,
                 steps=steps,
                 batch=config.batch,
                 accumulate=config.accumulate,
@@ -128,8 +129,8 @@ def train(task: Task, config: TrainingConfig) -> TrainingSummary:
                 deepspeed=filled,
             )
             resumed = _fit(plan, config.max_failures, task.name)
-        before, after = training_folder.figures(folder) or ({}, {})
-        return TrainingSummary(folder, steps, resumed, time.monotonic() - start, before, after)
+        before, after = outcome.read(folder.uri) or ({}, {})
+        return TrainingSummary(folder.uri, steps, resumed, time.monotonic() - start, before, after)
 
 
 def _check(config: TrainingConfig) -> None:
@@ -177,7 +178,7 @@ def _fit(plan: Plan, max_failures: int, title: str) -> int:
     if state.failure:
         raise UserError(state.failure)
     if failed:
-        raise _reason(failed, plan.folder) from None
+        raise _reason(failed, plan.folder.uri) from None
     return state.began or 0
 
 
@@ -188,7 +189,7 @@ def _trainer(plan: Plan, max_failures: int) -> Any:
     from ray.train.v2.api.config import LoggingConfig
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    system, path = storage.resolve(plan.folder)
+    system, path = storage.resolve(plan.folder.uri)
     places = plan.places
     return TorchTrainer(
         work,

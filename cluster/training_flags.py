@@ -13,7 +13,7 @@ from patchrank.data import shards
 from patchrank.errors import UserError
 from patchrank.model.loading import Model
 from patchrank.store import rankings
-from patchrank.training.folder import Figures
+from patchrank.training.outcome import Figures
 from patchrank.training.tasks import RankedImages, open_images
 
 

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from cluster.places import Places
 from patchrank.errors import UserError
 from patchrank.store import storage
-from patchrank.training import folder as training_folder
-from patchrank.training.folder import Figures
+from patchrank.store.folder import Folder
+from patchrank.training import outcome
+from patchrank.training.outcome import Figures
 
 
 class Task(Protocol):
@@ -64,8 +65,7 @@ class Plan:
 
     task: Any
     board: Any
-    folder: str
-    fingerprint: str
+    folder: Folder
     steps: int
     batch: int
     accumulate: int
@@ -97,7 +97,7 @@ def work(config: dict[str, Plan]) -> None:
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):  # a disk that is full stays so
-            ray.get(plan.board.fail.remote(f"{plan.folder}: {storage.one_line(error)}; make room and train again"))
+            ray.get(plan.board.fail.remote(f"{plan.folder.uri}: {storage.one_line(error)}; make room and train again"))
         raise
 
 
@@ -111,9 +111,9 @@ class Worker:
     def __init__(self, plan: Plan, scratch: Path) -> None:
         import ray.train.torch
 
-        if not training_folder.holds(plan.folder, plan.fingerprint):
+        if not plan.folder.holds():
             raise UserError(
-                f"{plan.folder}: as seen from {socket.gethostname()} not the folder of this training; with several "
+                f"{plan.folder.uri}: as seen from {socket.gethostname()} not the folder of this training; with several "
                 "nodes it must be in a bucket or on a shared disk"
             )
         context = ray.train.get_context()
@@ -135,7 +135,7 @@ class Worker:
         plan, done = self.plan, self._restored()
         if self.rank == 0:
             ray.get(plan.board.begin.remote(done.step))
-        with contextlib.closing(Log(plan.folder, self.scratch, done.step, self.rank == 0)) as log:
+        with contextlib.closing(Log(plan.folder.uri, self.scratch, done.step, self.rank == 0)) as log:
             if done.before is None:
                 done.before = done.after = self._evaluate()
                 log.write(0, done.before)
@@ -157,8 +157,8 @@ class Worker:
         dist.all_gather_object(reports, self.task.report())
         if self.rank == 0:
             before, after = done.before or {}, done.after or {}
-            self.task.save(self.module, plan.folder, before, after, reports)
-            training_folder.finish(plan.folder, before, after)
+            self.task.save(self.module, plan.folder.uri, before, after, reports)
+            outcome.write(plan.folder.uri, before, after)
 
     def _step(self, batches: Iterator[Any], step: int, learning_rate: float) -> float:
         """One optimizer step; its loss, the mean over all ranks and batches."""

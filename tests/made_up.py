@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from patchrank.data.shards import Reject
 from patchrank.store import rankings
+from patchrank.store.folder import Folder, Reject
 
 KEEP_RATES = (0.9, 0.7, 0.5)
 CLASSES = ["ant", "bee", "cat's eye", "dog, hot", "elk"]
@@ -36,10 +36,10 @@ class Images:
     shard: str
     keys: list[str]
     labels: list[int | None]
-    arrays: dict[str, Any]  # the other arguments of `rankings.table`
+    arrays: dict[str, Any]  # the other fields of `rankings.Ranked`
 
     def table(self) -> pa.Table:
-        return rankings.table(self.shard, self.keys, self.labels, **self.arrays)
+        return rankings.table(self.shard, rankings.Ranked(self.keys, self.labels, **self.arrays))
 
 
 def images(
@@ -81,8 +81,8 @@ def images(
 
 
 def save(folder: str | Path, found: Images, rejects: tuple[Reject, ...] = (), **changes) -> None:
-    fingerprint = rankings.prepare(str(folder), settings(**changes))
-    rankings.write(str(folder), found.shard, found.table(), rejects, fingerprint)
+    made = Folder(str(folder)).prepare(settings(**changes))
+    made.write(found.shard, found.table(), rejects, encode=rankings.encode)
 
 
 def written(folder: Path) -> list[str]:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from patchrank.data import shards
 from patchrank.store import rankings, storage
+from patchrank.store.folder import Folder, file_name
 
 KEEP_RATES = (0.8, 0.7, 0.6, 0.5, 0.4)
 # How much worse than the unpruned model each method is, and how far its choice of tokens is from the golden one.
@@ -79,7 +80,7 @@ def write(
     out.mkdir(parents=True)
     parts = [_shard(uri, images, grid, len(class_names), labels, folder if ranked else None, rng) for uri in uris]
     for uri, rows in zip(uris, parts, strict=True):
-        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), out / rankings.file_name(uri))
+        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), out / file_name(uri))
     every = [row for rows in parts for row in rows]
     lines = [_figure(every, method, keep, multiply_adds) for method, keep in _settings()]
     figures = {
@@ -131,10 +132,9 @@ def _shard(
     golden = usefulness.argsort(axis=1)[:, ::-1]  # (B, N)
     if folder is not None:
         settings = {"model": {}, "grid": list(grid), "search": {}, "keep_rates": [], "about": {}}
-        table = rankings.table(
-            uri,
-            [sample.key for sample in samples],
-            [sample.label for sample in samples],
+        found = rankings.Ranked(
+            keys=[sample.key for sample in samples],
+            labels=[sample.label for sample in samples],
             ranking=golden,
             score=usefulness.astype(np.float32),
             step=np.zeros_like(golden),
@@ -145,7 +145,7 @@ def _shard(
             pruned_confidence=None,
             pruned_cosine=np.empty((len(samples), 0), np.float32),
         )
-        rankings.write(str(folder / "rankings"), uri, table, [], rankings.prepare(str(folder / "rankings"), settings))
+        Folder(str(folder / "rankings")).prepare(settings).write(uri, rankings.table(uri, found))
     rows = []
     for sample, useful, order in zip(samples, usefulness, golden, strict=True):
         difficulty, wrong = rng.random(), int(rng.integers(classes))  # one wrong answer an image, whatever the method

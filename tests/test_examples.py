@@ -11,6 +11,7 @@ from here import ROOT, run_here
 
 from patchrank import assets
 from patchrank.store import rankings
+from patchrank.store.folder import Folder
 
 
 def test_prune_my_clip():
@@ -23,7 +24,7 @@ def test_prune_my_clip():
 def test_ask_the_corpus(tmp_path):
     settings = made_up.settings(keep_rates=[0.5])
     made = made_up.images("shard.tar", 30, keep_rates=(0.5,))
-    rankings.write(str(tmp_path), "shard.tar", made.table(), [], rankings.prepare(str(tmp_path), settings))
+    Folder(str(tmp_path)).prepare(settings).write(made.shard, made.table(), encode=rankings.encode)
     command = [sys.executable, "examples/ask_the_corpus.py", tmp_path]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     assert printed[0] == "30 images, 4 x 5 patches"
@@ -47,8 +48,7 @@ def test_ask_the_corpus(tmp_path):
 def test_bad_input_is_one_line(tmp_path, arguments, words):
     (tmp_path / "a.jpg").write_bytes(b"no image")
     uri, folder = str(tmp_path / "shard.tar"), str(tmp_path / "rankings")
-    table = made_up.images(uri, 3).table()
-    rankings.write(folder, uri, table, [], rankings.prepare(folder, made_up.settings()))
+    made_up.save(folder, made_up.images(uri, 3))
     done = run_here(*(argument.format(tmp=tmp_path) for argument in arguments))
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1

@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 
 from patchrank.data import images, shards
-from patchrank.data.shards import Reject, Sample, ShardError
+from patchrank.data.shards import Sample, ShardError
 from patchrank.errors import UserError
 from patchrank.model import loading
+from patchrank.store.folder import Reject
 
 ROOT = Path(__file__).parent.parent
 

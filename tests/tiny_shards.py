@@ -15,7 +15,8 @@ from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
 from patchrank.data import shards
-from patchrank.data.shards import Reject, Sample, ShardError
+from patchrank.data.shards import Sample, ShardError
+from patchrank.store.folder import Reject
 
 
 def tar(*files: tuple[str, bytes], **options) -> bytes:

@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from patchrank.data.loader import batches
-from patchrank.data.shards import Reject, ShardError, read
+from patchrank.data.shards import ShardError, read
 from patchrank.errors import UserError
 from patchrank.model.tower import Tower
 from patchrank.store import storage
-from patchrank.store.corpus import file_name
+from patchrank.store.folder import Reject, file_name
 
 STALE = 24 * 3600  # seconds after which a file that is still not finished is a killed run's
 

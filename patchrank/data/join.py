@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from patchrank.data.shards import Sample, ShardError, read
-from patchrank.store.corpus import Rankings
+from patchrank.store.rankings import Rankings
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from patchrank.data import decoding
 from patchrank.data.decoding import Undecodable
-from patchrank.data.shards import Reject, Sample
+from patchrank.data.shards import Sample
+from patchrank.store.folder import Reject
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from patchrank.data.pair_batches import PairBatch, batches
 from patchrank.errors import UserError
 from patchrank.model import artifacts
 from patchrank.model.tower import Tower
-from patchrank.store.corpus import Rankings, file_name
+from patchrank.store.folder import file_name
+from patchrank.store.rankings import Rankings
 
 LANES = 4  # streams that a global batch is put together from; see `Pairs.batches`
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from patchrank.data.progress import Progress
 from patchrank.data.shard_job import Reading
-from patchrank.data.shards import Reject
 from patchrank.model.tower import Tower
+from patchrank.store.folder import Reject
 
 MAX_CLASSES = 100_000  # without class names: one wrong label could else ask for all memory
 

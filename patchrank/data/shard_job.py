@@ -14,8 +14,9 @@ from torch import Tensor
 from patchrank.data import shards
 from patchrank.data.loader import Batch, ahead, batches
 from patchrank.data.progress import Progress
-from patchrank.data.shards import Reject, Sample, ShardError
+from patchrank.data.shards import Sample, ShardError
 from patchrank.model.tower import Tower
+from patchrank.store.folder import Reject
 
 _Samples = Iterator[Sample | Reject]
 

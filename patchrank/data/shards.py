@@ -25,6 +25,7 @@ from webdataset.tariterators import base_plus_ext
 from patchrank.data.images import decode, max_bytes
 from patchrank.errors import UserError
 from patchrank.store import storage
+from patchrank.store.folder import Reject
 from patchrank.store.storage import one_line
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -52,14 +53,6 @@ class Sample:
     image: bytes
     label: int | None
     captions: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Reject:
-    """A sample that cannot be used; `reason` is one line."""
-
-    key: str
-    reason: str
 
 
 class ShardError(Exception):

@@ -23,13 +23,13 @@ from patchrank.data.loader import Batch
 from patchrank.data.pair_batches import PairBatch
 from patchrank.data.progress import Progress
 from patchrank.data.shard_job import Reading, ShardJob, ShardResult
-from patchrank.data.shards import Reject, Sample
+from patchrank.data.shards import Sample
 from patchrank.model.tower import Tower
 from patchrank.pruning.comparison import Pruned, Pruner
 from patchrank.pruning.methods import UNPRUNED, Method
 from patchrank.search.scores import probabilities
-from patchrank.store import storage
-from patchrank.store.corpus import Rankings
+from patchrank.store.folder import Reject
+from patchrank.store.rankings import Rankings
 from patchrank.tokens import matching_rate
 
 TOP = 5
@@ -178,7 +178,7 @@ class ShardEvaluator:
             columns["captions"] += [list(texts) or None for texts in captions]
             vectors = F.normalize(cell.embeddings, dim=-1).float().cpu().numpy()
             columns["embedding"] += [list(row) if texts else None for row, texts in zip(vectors, captions, strict=True)]
-        columns["shard"] = [storage.absolute(shard)] * len(columns["key"])
+        columns["shard"] = [shard] * len(columns["key"])
         return pa.Table.from_pydict(columns, schema=schema(self.tower.embed_dim))
 
     def _classified(self, cell: Pruned, labels: Sequence[int | None]) -> dict[str, list[Any]]:

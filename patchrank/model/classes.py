@@ -20,7 +20,7 @@ from torch import Tensor
 from patchrank.errors import UserError
 from patchrank.model.loading import Model
 from patchrank.store import storage
-from patchrank.store.corpus import Rankings
+from patchrank.store.rankings import Rankings
 
 CLASSES_FILE = "classes.safetensors"  # beside rankings or tokens: the class embeddings that they go with
 Template = Callable[[str], str]  # class name -> text

@@ -12,7 +12,7 @@ from patchrank.data.pair_batches import PairBatch
 from patchrank.errors import UserError
 from patchrank.pruning.selector import Attention, Selector
 from patchrank.store import rankings
-from patchrank.store.corpus import Rankings
+from patchrank.store.rankings import Rankings
 
 
 class Golden(Selector):

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from patchrank.errors import UserError
-from patchrank.store import corpus, storage
+from patchrank.store import storage
+from patchrank.store.folder import Folder
 
 UNPRUNED = "unpruned"
 METHODS = {  # in the order of every legend and table
@@ -164,7 +165,7 @@ class Evaluation:
     def files(self) -> list[str]:
         """Base names of the tables of its shards. Raises UserError where the folder cannot be listed."""
         try:
-            return corpus.tables(self.folder, self.shards)
+            return Folder(self.folder, "evaluation").tables(self.shards)
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be read ({storage.one_line(error)})") from None
 

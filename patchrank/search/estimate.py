@@ -74,8 +74,7 @@ def bytes_per_image(num_tokens: int, keep_rates: Sequence[float], images: int = 
     """Bytes of Parquet an image in shards of so many, of rankings that are pure noise: real ones take a little less."""
     rng = np.random.default_rng(0)
     shape = (images, len(keep_rates))
-    table = rankings.table(
-        shard="s3://bucket/train-000000.tar",
+    noise = rankings.Ranked(
         keys=[f"{key:08d}" for key in range(images)],
         labels=rng.integers(1000, size=images).tolist(),
         ranking=rng.permuted(np.tile(np.arange(num_tokens), (images, 1)), axis=1),
@@ -88,4 +87,5 @@ def bytes_per_image(num_tokens: int, keep_rates: Sequence[float], images: int = 
         pruned_confidence=rng.random(shape, dtype=np.float32),
         pruned_cosine=rng.random(shape, dtype=np.float32),
     )
+    table = rankings.table("s3://bucket/train-000000.tar", noise)
     return len(rankings.encode(table, {})) / images

@@ -80,8 +80,7 @@ class ShardRanker:
         def take(tensor: Tensor | None) -> Any:
             return None if tensor is None else tensor[rows].numpy()
 
-        return rankings.table(
-            shard=shard,
+        found = rankings.Ranked(
             keys=keys,
             labels=labels,
             ranking=take(result.ranking),
@@ -94,6 +93,7 @@ class ShardRanker:
             pruned_confidence=take(result.pruned_confidence),
             pruned_cosine=take(result.pruned_cosine),
         )
+        return rankings.table(shard, found)
 
     def _no_rows(self, shard: str) -> pa.Table:
         """The table of a shard without an image: it has the same columns as every other."""

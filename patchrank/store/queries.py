@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from patchrank.errors import UserError
-from patchrank.store import rankings, storage
-from patchrank.store.corpus import Rankings
+from patchrank.store import storage
+from patchrank.store.folder import Folder
+from patchrank.store.rankings import Rankings
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -193,7 +194,7 @@ def _small_tables(corpus: Rankings) -> dict[str, pa.Table]:
     names = corpus.class_names or []
     tokens = pa.array(range(corpus.num_tokens), pa.int32())
     columns = corpus.grid and corpus.grid[1]
-    failures = rankings.failures(corpus.folder)
+    failures = Folder(corpus.folder).failures()
     return {
         "rejects": corpus.rejects(),
         "failures": pa.Table.from_pylist(failures, pa.schema([("shard", pa.string()), ("error", pa.string())])),

@@ -1,40 +1,27 @@
-"""The rankings folder: one Parquet file a shard, written whole or not at all, and what one search needs beside them.
+"""Golden rankings: the table of a shard, a row an image, and the reader of a folder of them.
 
-    OUT/search.json             the settings of the search and their fingerprint, which every Parquet file repeats
-    OUT/STEM-HASH.parquet       one row an image of one shard
-    OUT/rejects/....parquet     the samples of that shard that could not be ranked, and why
-    OUT/failed/....json         a shard that could not be read, or only in part: the next run tries it again
-
-`patchrank.store.corpus` reads it; `open` here is the way in.
+`patchrank.store.folder` says how a folder keeps them; `open` is the way in.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from patchrank.errors import UserError
 from patchrank.store import storage
-from patchrank.store.corpus import (
-    FINGERPRINT,
-    FORMAT,
-    REJECTS_SCHEMA,
-    SHARD,
-    VERSION,
-    Rankings,
-    file_name,
-    fingerprint,
-    parquet_files,
-    read_search,
-)
+from patchrank.store.folder import FINGERPRINT, REJECTS_SCHEMA, SHARD, Folder, file_name, parquet_files, serialise
 
-if TYPE_CHECKING:
-    from patchrank.data.shards import Reject
+_INTEGERS = ("ranking", "step", "label", "prediction")
+_TENSORS = (*_INTEGERS, "score", "confidence")
 
 # Measured on random rankings of 196 tokens, 1,000 images a file: 820 bytes an image, 1,251 with pyarrow's defaults.
 # Floats are noise in their low bytes: a dictionary of them is useless, and their high bytes compress once they lie
@@ -48,7 +35,6 @@ _REPEATED = (
 _PRUNED = pa.struct(
     [("keep", pa.float64()), ("prediction", pa.int32()), ("confidence", pa.float32()), ("cosine", pa.float32())]
 )
-_ADVICE = "give another --out, or delete the folder"
 
 
 def open(path: str) -> Rankings:
@@ -63,9 +49,9 @@ def open(path: str) -> Rankings:
 def schema(num_tokens: int) -> pa.Schema:
     """The columns of a rankings file; one row is one image with N = `num_tokens` tokens.
 
-    `ranking`, `score` and `step` are as in `patchrank.search.searcher.SearchResult`, and so are the members of
-    `pruned`, which has one entry a keep rate. `label` is null where the sample has none; predictions and confidences
-    are null where the search had no class embeddings.
+    `ranking`, `score` and `step` are as in `Ranked`, and so are the members of `pruned`, which has one entry a keep
+    rate. `label` is null where the sample has none; predictions and confidences are null where the search had no class
+    embeddings.
     """
     ids = pa.list_(pa.uint16(), num_tokens)
     return pa.schema(
@@ -83,24 +69,11 @@ def schema(num_tokens: int) -> pa.Schema:
     )
 
 
-def table(
-    shard: str,
-    keys: Sequence[str],
-    labels: Sequence[int | None],
-    ranking: np.ndarray,
-    score: np.ndarray,
-    step: np.ndarray,
-    prediction: np.ndarray | None,
-    confidence: np.ndarray | None,
-    keep_rates: Sequence[float],
-    pruned_prediction: np.ndarray | None,
-    pruned_confidence: np.ndarray | None,
-    pruned_cosine: np.ndarray,
-) -> pa.Table:
-    """The rows of B images of one shard. Tables of one shard can be joined with `pa.concat_tables`.
+@dataclass(frozen=True)
+class Ranked:
+    """What a search found of B images with N tokens, pruned to K keep rates; arrays of NumPy.
 
-    Args:
-        shard: URI of the shard.
+    Attributes:
         keys, labels: B each; None is an image without a label.
         ranking: (B, N) int, token ids, most useful first.
         score: (B, N) float, by token id.
@@ -108,30 +81,45 @@ def table(
         prediction, confidence: (B,) int and float; None without class embeddings.
         keep_rates: K rates.
         pruned_prediction, pruned_confidence, pruned_cosine: (B, K); the first two may be None.
+    """
+
+    keys: Sequence[str]
+    labels: Sequence[int | None]
+    ranking: np.ndarray
+    score: np.ndarray
+    step: np.ndarray
+    prediction: np.ndarray | None
+    confidence: np.ndarray | None
+    keep_rates: Sequence[float]
+    pruned_prediction: np.ndarray | None
+    pruned_confidence: np.ndarray | None
+    pruned_cosine: np.ndarray
+
+
+def table(shard: str, images: Ranked) -> pa.Table:
+    """The rows of B images of one shard, of which it is the absolute URI.
+
+    Tables of one shard can be joined with `pa.concat_tables`.
 
     Raises:
         ValueError: shapes that do not fit, a ranking that is no permutation of 0 .. N - 1, a score that is not finite,
             or a number that its column cannot hold.
     """
-    batch, num_tokens, rates = len(keys), ranking.shape[-1], len(keep_rates)
-    for name, array, shape in (
-        ("ranking", ranking, (batch, num_tokens)),
-        ("score", score, (batch, num_tokens)),
-        ("step", step, (batch, num_tokens)),
-        ("prediction", prediction, (batch,)),
-        ("confidence", confidence, (batch,)),
-        ("pruned_prediction", pruned_prediction, (batch, rates)),
-        ("pruned_confidence", pruned_confidence, (batch, rates)),
-        ("pruned_cosine", pruned_cosine, (batch, rates)),
+    batch, num_tokens, rates = len(images.keys), images.ranking.shape[-1], len(images.keep_rates)
+    for name, shape in (
+        *((name, (batch, num_tokens)) for name in ("ranking", "score", "step")),
+        *((name, (batch,)) for name in ("prediction", "confidence")),
+        *((f"pruned_{name}", (batch, rates)) for name in ("prediction", "confidence", "cosine")),
     ):
+        array = getattr(images, name)
         if array is not None and array.shape != shape:
             raise ValueError(f"{name} of {shard}: has shape {array.shape}, must have {shape}")
     for name, wrong in (
-        ("ranking is not a permutation", (np.sort(ranking, axis=1) != np.arange(num_tokens)).any(axis=1)),
-        ("score is not finite", ~np.isfinite(score).all(axis=1)),
+        ("ranking is not a permutation", (np.sort(images.ranking, axis=1) != np.arange(num_tokens)).any(axis=1)),
+        ("score is not finite", ~np.isfinite(images.score).all(axis=1)),
     ):
         if wrong.any():
-            raise ValueError(f"{keys[int(wrong.argmax())]} of {shard}: {name}")
+            raise ValueError(f"{images.keys[int(wrong.argmax())]} of {shard}: {name}")
 
     def fixed(array: np.ndarray, kind: pa.DataType) -> pa.Array:
         return pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1), kind), num_tokens)
@@ -141,62 +129,25 @@ def table(
 
     pruned = pa.StructArray.from_arrays(
         [
-            pa.array(np.tile(np.asarray(keep_rates, np.float64), batch)),
-            optional(pruned_prediction, batch * rates, pa.int32()),
-            optional(pruned_confidence, batch * rates, pa.float32()),
-            pa.array(pruned_cosine.reshape(-1), pa.float32()),
+            pa.array(np.tile(np.asarray(images.keep_rates, np.float64), batch)),
+            optional(images.pruned_prediction, batch * rates, pa.int32()),
+            optional(images.pruned_confidence, batch * rates, pa.float32()),
+            pa.array(images.pruned_cosine.reshape(-1), pa.float32()),
         ],
         fields=list(_PRUNED),
     )  # (B * K,)
     arrays = [
-        pa.array(keys, pa.string()),
-        pa.DictionaryArray.from_arrays(np.zeros(batch, np.int32), [storage.absolute(shard)]),
-        pa.array(labels, pa.int32()),
-        fixed(ranking, pa.uint16()),
-        fixed(score, pa.float32()),
-        fixed(step, pa.uint16()),
-        optional(prediction, batch, pa.int32()),
-        optional(confidence, batch, pa.float32()),
+        pa.array(images.keys, pa.string()),
+        pa.DictionaryArray.from_arrays(np.zeros(batch, np.int32), [shard]),
+        pa.array(images.labels, pa.int32()),
+        fixed(images.ranking, pa.uint16()),
+        fixed(images.score, pa.float32()),
+        fixed(images.step, pa.uint16()),
+        optional(images.prediction, batch, pa.int32()),
+        optional(images.confidence, batch, pa.float32()),
         pa.ListArray.from_arrays(np.arange(batch + 1, dtype=np.int32) * rates, pruned),
     ]
     return pa.Table.from_arrays(arrays, schema=schema(num_tokens))
-
-
-def write(
-    folder: str,
-    shard: str,
-    table: pa.Table,
-    rejects: Sequence[Reject],
-    fingerprint: str,
-    encoded: Callable[[pa.Table, Mapping[str, str]], bytes] | None = None,
-) -> int:
-    """Write what came of a shard, its rejects first, so that a shard with a rankings file is finished.
-
-    The same rows give the same bytes, however they were batched.
-
-    Args:
-        encoded: table, metadata -> the bytes of a file, for tables that are not of rankings.
-
-    Returns:
-        The number of bytes written.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written; no part of a file is left behind.
-    """
-    metadata = {FINGERPRINT: fingerprint, FORMAT: VERSION, SHARD: storage.absolute(shard)}
-    name = file_name(shard)
-    written = 0
-    rejects_file = storage.join(folder, "rejects", name)
-    if rejects:
-        rows = [{"key": reject.key, "shard": storage.absolute(shard), "reason": reject.reason} for reject in rejects]
-        data = serialise(pa.Table.from_pylist(rows, REJECTS_SCHEMA), metadata)
-        storage.write_atomic(rejects_file, data)
-        written += len(data)
-    else:
-        storage.delete(rejects_file)  # of an earlier try that could read less of the shard
-    data = (encoded or encode)(table, metadata)
-    storage.write_atomic(storage.join(folder, name), data)
-    return written + len(data)
 
 
 def encode(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
@@ -209,118 +160,162 @@ def encode(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
     )
 
 
-def serialise(table: pa.Table, metadata: Mapping[str, str], **options: Any) -> bytes:
-    """A table as the bytes of a Parquet file; options as for `pyarrow.parquet.write_table`."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd", **options)
-    return sink.getvalue().to_pybytes()
+class Rankings:
+    """The rankings of one search.
 
-
-def prepare(folder: str, settings: Mapping[str, Any], kind: str = "search") -> str:
-    """Open a folder for a search: a new one, or one that holds a part of the same search.
-
-    Removes temporary files that killed runs left, so a folder belongs to one run at a time.
-
-    Args:
-        settings: what decides the result, JSON values, nested as you like; `settings["about"]` is stored for readers,
-            but does not decide anything and is not compared.
-        kind: "search", or "evaluation" for `patchrank.evaluation.evaluate`, which keeps its folder in the same way.
-
-    Returns:
-        The fingerprint of the settings: 16 hexadecimal digits of their SHA-256.
+    Attributes:
+        folder: its URI, absolute.
+        settings: of the search, from search.json.
+        fingerprint: of the settings.
 
     Raises:
-        UserError: the folder holds another search, or rankings without a search.json, or cannot be written.
+        UserError: no such folder, no search.json in it, or no rankings yet. Whatever opens its files raises it too,
+            for one that is damaged or belongs to another search.
     """
-    digest = fingerprint(settings)
-    try:
-        found = read_search(folder, kind)
-        if found is not None:
-            check_same(folder, found["settings"], settings, kind)
-        elif parquet_files(folder):
-            raise UserError(f"{folder}: holds Parquet files, but no {kind}.json that says of what {kind}; {_ADVICE}")
-        else:
-            content = {"format": VERSION, "fingerprint": digest, "settings": settings}
-            storage.write_atomic(storage.join(folder, f"{kind}.json"), json.dumps(content, indent=2).encode() + b"\n")
-        for place in (folder, storage.join(folder, "rejects"), storage.join(folder, "failed")):
-            for info in storage.files(place):
-                if info.base_name.startswith(".") and info.base_name.endswith(".tmp"):
-                    storage.delete(storage.join(place, info.base_name))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be used ({storage.one_line(error)}); give another --out") from None
-    return digest
+
+    def __init__(self, folder: str) -> None:
+        home = Folder(folder)
+        self.folder = home.uri
+        try:
+            if not storage.exists(self.folder):
+                raise UserError(f"{folder}: no such folder")
+            found = home.read()
+            if found is None:
+                raise UserError(f"{folder}: holds no search.json, so it is not a folder of rankings")
+            self.files = parquet_files(self.folder)  # base names
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be read ({storage.one_line(error)})") from None
+        if not self.files:
+            raise UserError(f"{folder}: holds no rankings yet; run the search again to go on with it")
+        self.settings: dict[str, Any] = found["settings"]
+        self.fingerprint: str = found["fingerprint"]
+
+    def __len__(self) -> int:
+        return self.dataset.count_rows()
+
+    @functools.cached_property
+    def dataset(self) -> ds.Dataset:
+        """All rankings, sorted by file; the columns are those of `schema`."""
+        return self._dataset(self.folder, self.files)
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the patch tokens of an image."""
+        return self.dataset.schema.field("ranking").type.list_size
+
+    @property
+    def keep_rates(self) -> tuple[float, ...]:
+        """The rates at which the pruned images were predicted."""
+        return tuple(self.settings["keep_rates"])
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of patches, where the search knew them; a token's id is row * columns + column."""
+        grid = self.settings.get("grid")
+        return grid and (grid[0], grid[1])
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The name of each label, where the search knew them."""
+        return self.settings.get("about", {}).get("class_names")
+
+    def rejects(self) -> pa.Table:
+        """The samples that could not be ranked: `key`, `shard`, `reason`."""
+        folder = storage.join(self.folder, "rejects")
+        files = parquet_files(folder)
+        return self._dataset(folder, files).to_table() if files else REJECTS_SCHEMA.empty_table()
+
+    def shards(self) -> list[str]:
+        """The URIs of the shards that have rankings, sorted by their tables' names."""
+
+        def shard(name: str) -> str:
+            path = storage.join(self.folder, name)
+            system, inner = storage.resolve(path)
+            try:
+                return pq.read_metadata(inner, filesystem=system).metadata[SHARD.encode()].decode()
+            except (pa.ArrowException, OSError, KeyError, TypeError) as error:
+                raise _unreadable(path, error) from None
+
+        with ThreadPoolExecutor(16) as pool:  # for buckets
+            return list(pool.map(shard, self.files))
+
+    def shard(self, uri: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rankings of one shard, in the order of its samples; all columns unless some are named.
+
+        Raises:
+            UserError: the shard has no rankings in this folder.
+        """
+        path = storage.join(self.folder, file_name(uri))
+        system, inner = storage.resolve(path)
+        try:
+            with pq.ParquetFile(inner, filesystem=system) as file:
+                self._check(path, file.metadata.metadata)
+                return file.read(columns=None if columns is None else list(columns)).replace_schema_metadata(None)
+        except FileNotFoundError:
+            raise UserError(f"{self.folder}: holds no rankings of {uri}; run the search on that shard first") from None
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(path, error) from None
+
+    def tensors(self, columns: Sequence[str] = ("ranking", "score"), shard: str | None = None) -> dict[str, Any]:
+        """Columns as torch tensors, of one shard or of all.
+
+        Args:
+            columns: any of ranking, score, step, label, prediction, confidence.
+
+        Returns:
+            `ranking`, `step`: (B, N) int64; `score`: (B, N) float32; `label`, `prediction`: (B,) int64, -1 where there
+            is none; `confidence`: (B,) float32, NaN where there is none; and always `key`, a list of B strings.
+
+        Raises:
+            ValueError: another column.
+        """
+        import torch  # here, because queries do without it and it takes seconds to import
+
+        for name in columns:
+            if name not in _TENSORS:
+                raise ValueError(f"{name}: no tensor of that name; there are {', '.join(_TENSORS)}")
+        wanted = list(dict.fromkeys([*columns, "key"]))
+        table = self.dataset.to_table(wanted) if shard is None else self.shard(shard, wanted)
+        result: dict[str, Any] = {"key": table["key"].to_pylist()}
+        for name in columns:
+            column = table[name].combine_chunks()
+            if pa.types.is_fixed_size_list(column.type):
+                flat = column.flatten().to_numpy().reshape(len(table), column.type.list_size)  # (B, N)
+            else:
+                flat = column.fill_null(-1 if name in _INTEGERS else np.nan).to_numpy()  # (B,)
+            result[name] = torch.from_numpy(flat.astype(np.int64 if name in _INTEGERS else np.float32))
+        return result
+
+    def _dataset(self, folder: str, names: Sequence[str]) -> ds.Dataset:
+        """A dataset over files of a folder, all of this search."""
+        system, inner = storage.resolve(folder)
+
+        def check(fragment: ds.ParquetFileFragment) -> None:
+            path = storage.join(folder, fragment.path.rpartition("/")[2])
+            try:
+                self._check(path, fragment.metadata.metadata)
+            except (pa.ArrowException, OSError) as error:
+                raise _unreadable(path, error) from None
+
+        try:
+            schema = pq.read_schema(f"{inner}/{names[0]}", filesystem=system).remove_metadata()
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(storage.join(folder, names[0]), error) from None
+        dataset = ds.dataset([f"{inner}/{name}" for name in names], schema, format="parquet", filesystem=system)
+        with ThreadPoolExecutor(16) as pool:  # for buckets; a scan needs these footers anyway and finds them read
+            list(pool.map(check, dataset.get_fragments()))
+        return dataset
+
+    def _check(self, path: str, metadata: Mapping[bytes, bytes] | None) -> None:
+        theirs = (metadata or {}).get(FINGERPRINT.encode(), b"none").decode()
+        if theirs != self.fingerprint:
+            raise UserError(
+                f"{path}: a file of another search (fingerprint {theirs}; the folder's is {self.fingerprint}); "
+                "take it out of the folder"
+            )
 
 
-def check_same(folder: str, there: Mapping[str, Any], settings: Mapping[str, Any], kind: str = "search") -> None:
-    """Raises UserError where the settings of the search that a folder holds are others."""
-    different = differences(there, settings)
-    if different:
-        more = f", and {len(different) - 2} more" if len(different) > 2 else ""
-        raise UserError(f"{folder}: holds another {kind} ({', '.join(different[:2])}{more}); {_ADVICE}")
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names, without `about`."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return {name: value for name, value in flat.items() if name.partition(".")[0] != "about"}
-
-
-def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What tells two nested settings apart, one "NAME: VALUE there, VALUE now" a setting; `about` is not compared."""
-    there, now = _flat(there), _flat(now)
-
-    def spelled(settings: Mapping[str, Any], name: str) -> str:
-        return json.dumps(settings[name]) if name in settings else "not set"
-
-    names = [*now, *(name for name in there if name not in now)]
-    pairs = [(name, spelled(there, name), spelled(now, name)) for name in names]
-    return [f"{name}: {before} there, {after} now" for name, before, after in pairs if before != after]
-
-
-def holds(folder: str, fingerprint: str, kind: str = "search") -> bool:
-    """Whether the folder is that of the search with this fingerprint, as seen from this machine."""
-    found = read_search(folder, kind)
-    return found is not None and found["fingerprint"] == fingerprint
-
-
-def finished(folder: str, shards: Sequence[str]) -> set[str]:
-    """The shards that have their rankings file and no failure record: two listings, no file is opened."""
-    done = set(parquet_files(folder))
-    failed = {info.base_name for info in storage.files(storage.join(folder, "failed"))}
-    return {shard for shard in shards if file_name(shard) in done and _failure_name(shard) not in failed}
-
-
-def record_failure(folder: str, shard: str, error: str) -> None:
-    """Note that a shard could not be read, or only in part: it counts as not finished until `clear_failure`."""
-    content = json.dumps({"shard": storage.absolute(shard), "error": error}).encode() + b"\n"
-    storage.write_atomic(storage.join(folder, "failed", _failure_name(shard)), content)
-
-
-def clear_failure(folder: str, shard: str) -> None:
-    """Take back what `record_failure` noted, if anything."""
-    storage.delete(storage.join(folder, "failed", _failure_name(shard)))
-
-
-def failures(folder: str) -> list[dict[str, str]]:
-    """The recorded failures, as {"shard", "error"}, sorted by shard."""
-    place = storage.join(folder, "failed")
-    names = [info.base_name for info in storage.files(place) if info.base_name.endswith(".json")]
-    return sorted((_failure(place, name) for name in names), key=lambda record: record["shard"])
-
-
-def _failure(place: str, name: str) -> dict[str, str]:
-    """One record; one that is damaged, such as the empty object that a dying upload can leave, still is a failure."""
-    try:
-        record = json.loads(storage.read_bytes(storage.join(place, name)))
-        return {"shard": str(record["shard"]), "error": str(record["error"])}
-    except (ValueError, LookupError, TypeError):
-        return {"shard": name.removesuffix(".json"), "error": f"failed, and its record failed/{name} is damaged"}
-
-
-def _failure_name(shard: str) -> str:
-    return file_name(shard).removesuffix(".parquet") + ".json"
+def _unreadable(path: str, error: BaseException) -> UserError:
+    return UserError(
+        f"{path}: cannot be read ({storage.one_line(error)}); if it is damaged, delete it and search again"
+    )

@@ -17,7 +17,7 @@ from typing import Any
 
 from patchrank.errors import UserError
 from patchrank.store import rankings, storage
-from patchrank.store.corpus import file_name, parquet_files, read_search
+from patchrank.store.folder import Folder, file_name, parquet_files
 
 RUN_FILE, SHARDS_FILE = "run.json", "shards.txt"
 REPORT_SECONDS = 10.0  # between two reports of a driver
@@ -102,7 +102,7 @@ class Status:
 
 def write_shards(folder: str, shards: Sequence[str]) -> None:
     """Note which shards a run is about. Raises OSError where that cannot be written."""
-    text = "".join(f"{storage.absolute(shard)}\n" for shard in shards)
+    text = "".join(f"{shard}\n" for shard in shards)
     storage.write_atomic(storage.join(folder, SHARDS_FILE), text.encode())
 
 
@@ -125,17 +125,18 @@ def read(folder: str, now: float | None = None) -> Status:
     Raises:
         UserError: no such folder, or not one of a search.
     """
-    folder = storage.absolute(folder)
+    home = Folder(folder)
+    folder = home.uri
     now = time.time() if now is None else now
     try:
-        if read_search(folder) is None:
+        if home.read() is None:
             raise UserError(f"{folder}: holds no search.json, so no search has begun there")
         run = _run(folder)
         shards = _shards(folder)
         files = parquet_files(folder)
         names = {file_name(shard): shard for shard in shards}
         # A record that is damaged gives the name of its file for that of its shard.
-        failed = {names.get(f"{one['shard']}.parquet", one["shard"]): one["error"] for one in rankings.failures(folder)}
+        failed = {names.get(f"{one['shard']}.parquet", one["shard"]): one["error"] for one in home.failures()}
         corpus = rankings.open(folder) if files else None
         images = len(corpus) if corpus else 0
         reasons = Counter(corpus.rejects()["reason"].to_pylist() if corpus else [])

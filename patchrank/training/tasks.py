@@ -29,7 +29,7 @@ from patchrank.pruning.predictor import LOSSES, TARGETS, Predictor, PredictorCon
 from patchrank.pruning.prompts import PromptedText, TokensConfig, VisualTokens
 from patchrank.store import rankings, storage
 from patchrank.tokens import count_kept, kendall_tau, select
-from patchrank.training.folder import Figures
+from patchrank.training.outcome import Figures
 
 EVALUATION_BATCH = 64
 
@@ -73,7 +73,7 @@ class RankedImages:
     @property
     def search(self) -> str:
         """Fingerprint of the search."""
-        return rankings.fingerprint(self.pairs.corpus.settings)
+        return self.pairs.corpus.fingerprint
 
     def start(self, device: torch.device) -> None:
         """Bring the tower to its device and dtype."""

@@ -6,7 +6,8 @@ import pytest
 
 from cluster.progress import Meter
 from patchrank.data.progress import Progress
-from patchrank.store import rankings, status
+from patchrank.store import status
+from patchrank.store.folder import Folder
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    rankings.prepare(str(tmp_path), {})
+    Folder(str(tmp_path)).prepare({})
     status.write_shards(str(tmp_path), ["a.tar", "b.tar", "c.tar"])
     return str(tmp_path)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
-from made_up import images, settings
+from made_up import images, save, settings
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
@@ -20,6 +20,7 @@ from patchrank.data.pairs import Pairs
 from patchrank.errors import UserError
 from patchrank.model.tower import Tower
 from patchrank.store import rankings
+from patchrank.store.folder import Folder
 
 
 def write_shard(path, keys, broken=()):
@@ -39,13 +40,12 @@ def colour(key):
 
 def make_corpus(folder, sizes, tar_sizes=None, broken=()):
     """Rankings and shards; a shard of size n has keys SHARD-000 to SHARD-(n - 1). A made-up search has no images."""
-    fingerprint = rankings.prepare(str(folder / "rankings"), settings())
     uris = []
     for number, size in enumerate(sizes):
         uri = str(folder / f"images-{number:03d}.tar")
         made = images(uri, size, seed=number)
         made.keys[:] = [f"{number}-{row:03d}" for row in range(size)]
-        rankings.write(str(folder / "rankings"), uri, made.table(), [], fingerprint)
+        save(folder / "rankings", made)
         write_shard(uri, [f"{number}-{row:03d}" for row in range((tar_sizes or sizes)[number])], broken)
         uris.append(uri)
     return rankings.open(str(folder / "rankings")), uris
@@ -248,7 +248,7 @@ def test_rankings_of_another_model_cut_or_grid_are_refused(tmp_path, small_clip)
 
 
 def test_a_folder_without_rankings_is_refused(tmp_path):
-    rankings.prepare(str(tmp_path / "rankings"), settings())
+    Folder(str(tmp_path / "rankings")).prepare(settings())
     with pytest.raises(UserError, match="holds no rankings yet"):
         rankings.open(str(tmp_path / "rankings"))
 

@@ -10,8 +10,8 @@ from torchvision.transforms.functional import to_tensor
 
 from patchrank.data.progress import Progress
 from patchrank.data.shard_job import Reading, ShardJob
-from patchrank.data.shards import Reject
 from patchrank.model.tower import Tower
+from patchrank.store.folder import Reject
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ from PIL import Image
 from tiny_shards import read_all, samples, tar, write
 
 from patchrank.data import shards
-from patchrank.data.shards import Reject, Sample
+from patchrank.data.shards import Sample
 from patchrank.errors import UserError
+from patchrank.store.folder import Reject
 
 DUPLICATE = "duplicate key in this shard; the first one was kept"
 

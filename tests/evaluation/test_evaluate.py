@@ -40,6 +40,7 @@ from patchrank.report import data as report_data
 from patchrank.search.ranker import ShardRanker
 from patchrank.search.searcher import SearchConfig, Searcher
 from patchrank.store import rankings
+from patchrank.store.folder import Folder, file_name
 
 pytest_plugins = ["shared_ray"]
 
@@ -77,11 +78,11 @@ def data(tmp_path_factory):
         "classes": None,
         "about": {"model": model.name, "pretrained": None, "class_names": None},
     }
-    fingerprint = rankings.prepare(str(folder / "rankings"), settings)
+    ranked = Folder(str(folder / "rankings")).prepare(settings)
     ranker = ShardRanker(Searcher(tower, SearchConfig(), keep_rates=[0.5]), model.preprocess())
     for shard in range(2):
         uri = str(folder / f"images-{shard}.tar")
-        rankings.write(str(folder / "rankings"), uri, ranker.rank(uri).table, [], fingerprint)
+        ranked.write(uri, ranker.rank(uri).table, encode=rankings.encode)
     about = {
         "name": model.name,
         "pretrained": None,
@@ -180,10 +181,10 @@ def test_every_row_is_what_pruning_the_model_by_hand_gives(data, done):
 
 def test_a_search_with_a_limit_limits_its_evaluation(data, address, tmp_path):
     whole = rankings.open(str(data / "rankings"))
-    fingerprint = rankings.prepare(str(tmp_path / "rankings"), whole.settings | {"limit": 3})
+    part = Folder(str(tmp_path / "rankings")).prepare(whole.settings | {"limit": 3})
     for shard in range(2):
         uri = str(data / f"images-{shard}.tar")
-        rankings.write(str(tmp_path / "rankings"), uri, whole.shard(uri)[:3], [], fingerprint)
+        part.write(uri, whole.shard(uri)[:3], encode=rankings.encode)
     flags = {"rankings": str(tmp_path / "rankings"), "batch_sizes": [], "keep_rates": [0.5]}
     summary = run(job(data, tmp_path / "out", address=address, methods=["golden"], **flags))
     assert {row["key"] for row in rows_of(summary.folder)} == {f"{shard}-{n}" for shard in range(2) for n in range(3)}
@@ -269,7 +270,7 @@ def test_figures_are_of_the_job_s_shards_alone(data, address, tmp_path):
         assert content["images"] == 8 and {row["images"] for row in content["figures"]} == {8}
         assert {row["images"] for row in content["retrieval"]} == {7}
         assert sum(row["images"] for row in content["classes"] if row["method"] == "random") == 7
-    assert report_data.read(second.folder).files == [rankings.file_name(str(data / "images-1.tar"))]
+    assert report_data.read(second.folder).files == [file_name(str(data / "images-1.tar"))]
 
 
 def test_where_no_shard_can_be_read_the_reason_is_told(data, address, tmp_path):

@@ -24,7 +24,6 @@ from patchrank.pruning.comparison import before_cut
 from patchrank.pruning.predictor import Predictor, PredictorConfig
 from patchrank.pruning.prompts import TokensConfig, VisualTokens
 from patchrank.pruning.stand_in import count_multiply_adds
-from patchrank.store import rankings
 from patchrank.tokens import select
 
 N = 20  # patch tokens of `small_clip`
@@ -113,8 +112,7 @@ def test_class_attention_and_random_and_golden(small_clip, images, tmp_path):
     assert not torch.equal(model.encode_image(images), model.encode_image(images))
 
     made = made_up.images("shard.tar", 8)
-    fingerprint = rankings.prepare(str(tmp_path), made_up.settings())
-    rankings.write(str(tmp_path), "shard.tar", made.table(), [], fingerprint)
+    made_up.save(tmp_path, made)
     golden = patchrank.Golden(str(tmp_path))
     patchrank.prune(model, golden, keep=0.5)
     keys, rows = ["000003", "000001", "000007", "000000", "000003"], [3, 1, 7, 0, 3]

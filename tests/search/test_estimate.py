@@ -12,6 +12,7 @@ from patchrank.model.tower import Tower
 from patchrank.search import estimate
 from patchrank.search.searcher import SearchConfig, Searcher
 from patchrank.store import rankings
+from patchrank.store.folder import Folder
 
 pytest_plugins = ["tiny_results"]
 
@@ -74,8 +75,7 @@ def test_every_forward_pass_of_the_search_is_timed(small_clip, monkeypatch):
 def test_bytes_are_those_of_a_file_of_noise(tmp_path, tokens, rates):
     predicted = estimate.bytes_per_image(tokens, rates, images=500)
     rng = np.random.default_rng(5)
-    table = rankings.table(
-        shard="/data/train-000007.tar",
+    found = rankings.Ranked(
         keys=[f"n{key:07d}" for key in range(500)],
         labels=rng.integers(1000, size=500).tolist(),
         ranking=rng.permuted(np.tile(np.arange(tokens), (500, 1)), axis=1),
@@ -88,7 +88,8 @@ def test_bytes_are_those_of_a_file_of_noise(tmp_path, tokens, rates):
         pruned_confidence=rng.random((500, len(rates)), dtype=np.float32),
         pruned_cosine=rng.random((500, len(rates)), dtype=np.float32),
     )
-    written = rankings.write(str(tmp_path), "/data/train-000007.tar", table, [], "fingerprint")
+    uri = "/data/train-000007.tar"
+    written = Folder(str(tmp_path)).write(uri, rankings.table(uri, found), encode=rankings.encode)
     assert predicted * 500 == pytest.approx(written, rel=0.1)
 
 

@@ -7,19 +7,19 @@ import json
 import pytest
 from made_up import images, save, settings, written
 
-from patchrank.data.shards import Reject
 from patchrank.errors import UserError
 from patchrank.store import rankings
+from patchrank.store.folder import Folder, Reject, file_name
 
 
 def test_the_same_search_goes_on_in_its_folder(tmp_path):
     folder = str(tmp_path / "out")
-    first = rankings.prepare(folder, settings())
+    first = Folder(folder).prepare(settings()).fingerprint
     before = (tmp_path / "out" / "search.json").read_bytes()
     assert len(first) == 16
-    assert rankings.prepare(folder, settings(about={"patchrank": "9"}, grid=(4, 5))) == first
+    assert Folder(folder).prepare(settings(about={"patchrank": "9"}, grid=(4, 5))).fingerprint == first
     assert (tmp_path / "out" / "search.json").read_bytes() == before
-    assert rankings.prepare(str(tmp_path / "other"), settings(limit=3)) != first
+    assert Folder(str(tmp_path / "other")).prepare(settings(limit=3)).fingerprint != first
 
 
 @pytest.mark.parametrize(
@@ -34,9 +34,9 @@ def test_the_same_search_goes_on_in_its_folder(tmp_path):
     ],
 )
 def test_another_search_is_refused(tmp_path, changes, message):
-    rankings.prepare(str(tmp_path), settings())
+    Folder(str(tmp_path)).prepare(settings())
     with pytest.raises(UserError) as error:
-        rankings.prepare(str(tmp_path), settings(**changes))
+        Folder(str(tmp_path)).prepare(settings(**changes))
     assert message in str(error.value)
     assert str(tmp_path) in str(error.value) and "--out" in str(error.value)
     assert str(error.value).count(" there") <= 2
@@ -47,21 +47,21 @@ def test_another_search_is_refused(tmp_path, changes, message):
 def test_a_damaged_search_json_is_refused(tmp_path, content):
     (tmp_path / "search.json").write_bytes(content)
     with pytest.raises(UserError, match=r"search\.json: damaged"):
-        rankings.prepare(str(tmp_path), settings())
+        Folder(str(tmp_path)).prepare(settings())
     with pytest.raises(UserError, match=r"search\.json: damaged"):
         rankings.open(str(tmp_path))
 
 
 def test_an_edited_search_json_is_refused(tmp_path):
-    rankings.prepare(str(tmp_path), settings())
+    Folder(str(tmp_path)).prepare(settings())
     path = tmp_path / "search.json"
     path.write_text(path.read_text().replace('"block": 1', '"block": 2'))
     with pytest.raises(UserError, match="was edited"):
-        rankings.prepare(str(tmp_path), settings())
+        Folder(str(tmp_path)).prepare(settings())
 
 
 def test_a_folder_of_another_version_is_refused(tmp_path):
-    rankings.prepare(str(tmp_path), settings())
+    Folder(str(tmp_path)).prepare(settings())
     path = tmp_path / "search.json"
     path.write_text(path.read_text().replace('"format": "1"', '"format": "99"'))
     with pytest.raises(UserError, match="has format 99"):
@@ -72,45 +72,46 @@ def test_folders_that_cannot_be_used(tmp_path):
     (tmp_path / "loose").mkdir()
     (tmp_path / "loose" / "x.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"loose: holds Parquet files, but no search\.json"):
-        rankings.prepare(str(tmp_path / "loose"), settings())
+        Folder(str(tmp_path / "loose")).prepare(settings())
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file: cannot be used"):
-        rankings.prepare(str(tmp_path / "file"), settings())
+        Folder(str(tmp_path / "file")).prepare(settings())
 
 
 def test_leftovers_of_killed_runs_are_removed(tmp_path):
     found = images("/data/a.tar", 3)
     save(tmp_path, found, (Reject("x", "no image"),))
-    rankings.record_failure(str(tmp_path), found.shard, "cut short")
+    Folder(str(tmp_path)).record_failure(found.shard, "cut short")
     keep = written(tmp_path)
     for place in ("", "rejects", "failed"):
         (tmp_path / place / ".a-1234.parquet.xyz.tmp").write_bytes(b"half")
-    rankings.prepare(str(tmp_path), settings())
+    Folder(str(tmp_path)).prepare(settings())
     assert written(tmp_path) == keep
 
 
 def test_finished_shards_are_listed_and_not_opened(tmp_path):
-    folder, shards = str(tmp_path), [f"s3://bucket/{split}/{number}.tar" for split in "ab" for number in range(500)]
-    assert rankings.finished(folder, shards) == set()
-    assert rankings.finished(str(tmp_path / "nowhere"), shards) == set()
+    folder = Folder(str(tmp_path))
+    shards = [f"s3://bucket/{split}/{number}.tar" for split in "ab" for number in range(500)]
+    assert folder.finished(shards) == set()
+    assert Folder(str(tmp_path / "nowhere")).finished(shards) == set()
     for shard in shards[:700]:
-        (tmp_path / rankings.file_name(shard)).write_bytes(b"no Parquet file")
-    (tmp_path / rankings.file_name(shards[800])).touch()
-    (tmp_path / f".{rankings.file_name(shards[801])}.x.tmp").write_bytes(b"half")
+        (tmp_path / file_name(shard)).write_bytes(b"no Parquet file")
+    (tmp_path / file_name(shards[800])).touch()
+    (tmp_path / f".{file_name(shards[801])}.x.tmp").write_bytes(b"half")
     for shard in shards[:3]:
-        rankings.record_failure(folder, shard, "cut short")
-    assert rankings.finished(folder, shards) == set(shards[3:700])
-    rankings.clear_failure(folder, shards[0])
-    rankings.clear_failure(folder, shards[0])
-    assert rankings.finished(folder, shards[:5]) == {shards[0], shards[3], shards[4]}
-    assert rankings.failures(folder) == [{"shard": shard, "error": "cut short"} for shard in shards[1:3]]
+        folder.record_failure(shard, "cut short")
+    assert folder.finished(shards) == set(shards[3:700])
+    folder.clear_failure(shards[0])
+    folder.clear_failure(shards[0])
+    assert folder.finished(shards[:5]) == {shards[0], shards[3], shards[4]}
+    assert folder.failures() == [{"shard": shard, "error": "cut short"} for shard in shards[1:3]]
 
 
 def test_a_damaged_failure_record_still_tells_of_a_failure(tmp_path):
-    rankings.record_failure(str(tmp_path), "/data/a.tar", "cut short")
+    Folder(str(tmp_path)).record_failure("/data/a.tar", "cut short")
     (tmp_path / "failed" / "b-01234567.json").touch()
     (tmp_path / "failed" / "c-01234567.json").write_text('{"shard": 1}')
-    first, second, third = rankings.failures(str(tmp_path))
+    first, second, third = Folder(str(tmp_path)).failures()
     assert first == {"shard": "/data/a.tar", "error": "cut short"}
     for record, name in ((second, "b-01234567"), (third, "c-01234567")):
         assert record["shard"] == name and f"failed/{name}.json is damaged" in record["error"]

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_up import CLASSES, KEEP_RATES, images, settings
+from made_up import CLASSES, KEEP_RATES, images, save, settings
 
 from jobs.query import main
-from patchrank.data.shards import Reject
 from patchrank.errors import UserError
 from patchrank.store import queries, rankings
+from patchrank.store.folder import Folder, Reject, file_name
 
 pytest_plugins = ["s3"]
 
@@ -26,14 +26,13 @@ SHARDS = ("/data/a.tar", "/data/b.tar")
 
 def corpus(folder: str | Path, class_embeddings: bool = True, labels: bool = True, **changes):
     """Writes a corpus of two shards with a reject and a failure; returns the images of both."""
-    fingerprint = rankings.prepare(str(folder), settings(**changes))
     parts = [images(shard, 40, seed=seed, class_embeddings=class_embeddings) for seed, shard in enumerate(SHARDS)]
     for part in parts:
         if not labels:
             part.labels = [None] * 40
-        rejects = [Reject("broken", "no image")] if part.shard == SHARDS[1] else []
-        rankings.write(str(folder), part.shard, part.table(), rejects, fingerprint)
-    rankings.record_failure(str(folder), "/data/c.tar", "no such file")
+        rejects = (Reject("broken", "no image"),) if part.shard == SHARDS[1] else ()
+        save(folder, part, rejects, **changes)
+    Folder(str(folder)).record_failure("/data/c.tar", "no such file")
     return parts
 
 
@@ -80,8 +79,7 @@ def test_accuracy(tmp_path, capsys):
 def test_accuracy_by_class(tmp_path, capsys):
     parts = corpus(tmp_path)
     parts[1].labels[0] = None
-    table = parts[1].table()
-    rankings.write(str(tmp_path), parts[1].shard, table, [], rankings.prepare(str(tmp_path), settings()))
+    save(tmp_path, parts[1])
     labels = np.concatenate([part.labels for part in parts])
     assert ask(tmp_path, capsys, "accuracy-by-class") == [
         {"label": label, "class": CLASSES[label], **row}
@@ -163,13 +161,13 @@ def test_what_cannot_be_answered_is_said(tmp_path, capsys, corpus_of, notes):
 
 
 def test_other_gaps_are_said(tmp_path, capsys):
-    fingerprint = rankings.prepare(str(tmp_path), settings(grid=None, keep_rates=[], about={}))
+    folder = Folder(str(tmp_path)).prepare(settings(grid=None, keep_rates=[], about={}))
     found = images(SHARDS[0], 3, keep_rates=())
-    rankings.write(str(tmp_path), found.shard, found.table().slice(0, 0), [], fingerprint)
+    folder.write(found.shard, found.table().slice(0, 0))
     main([str(tmp_path), "accuracy"])
     assert capsys.readouterr().err == "note: no image has been ranked\n"
     found.labels[0] = None
-    rankings.write(str(tmp_path), found.shard, found.table(), [], fingerprint)
+    folder.write(found.shard, found.table())
     main([str(tmp_path), "accuracy"])
     assert capsys.readouterr().err == (
         "note: the search recorded no keep rates: there is nothing to compare\n"
@@ -242,7 +240,7 @@ def test_the_folder_is_only_read(tmp_path, monkeypatch):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for query in queries.NAMED:
         main([str(tmp_path / "out"), query])
-    target = tmp_path / "out" / rankings.file_name(SHARDS[0])
+    target = tmp_path / "out" / file_name(SHARDS[0])
     for sql in (
         f"COPY (SELECT 1) TO '{target}'",
         f"EXPLAIN ANALYZE COPY (SELECT 1) TO '{target}'",
@@ -266,8 +264,8 @@ def test_what_does_not_fit_in_memory_is_not_put_in_the_current_folder(tmp_path, 
 def test_a_file_of_another_search_is_refused(tmp_path):
     corpus(tmp_path)
     other = images("/data/x.tar", 3)
-    rankings.write(str(tmp_path), other.shard, other.table(), [], "0" * 16)
-    with pytest.raises(UserError, match=rankings.file_name(other.shard)):
+    Folder(str(tmp_path), fingerprint="0" * 16).write(other.shard, other.table())
+    with pytest.raises(UserError, match=file_name(other.shard)):
         main([str(tmp_path), "summary"])
 
 

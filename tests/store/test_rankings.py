@@ -14,9 +14,9 @@ import pytest
 import torch
 from made_up import CLASSES, KEEP_RATES, Images, images, save, settings, written
 
-from patchrank.data.shards import Reject
 from patchrank.errors import UserError
 from patchrank.store import rankings
+from patchrank.store.folder import Folder, Reject, file_name
 
 pytest_plugins = ["s3"]
 
@@ -51,7 +51,7 @@ def test_a_file_holds_what_was_found(tmp_path, class_embeddings):
     found = images("/data/train-000.tar", 30, class_embeddings=class_embeddings)
     found.labels[3] = None
     save(tmp_path, found)
-    path = tmp_path / rankings.file_name(found.shard)
+    path = tmp_path / file_name(found.shard)
 
     assert pq.read_table(path).to_pylist() == expected(found)
     assert pq.read_schema(path).remove_metadata() == rankings.schema(20)
@@ -63,7 +63,7 @@ def test_a_file_holds_what_was_found(tmp_path, class_embeddings):
 def test_duckdb_takes_the_lists_apart(tmp_path):
     found = images("/data/train-000.tar", 30)
     save(tmp_path, found)
-    path = str(tmp_path / rankings.file_name(found.shard))
+    path = str(tmp_path / file_name(found.shard))
     rows = duckdb.connect().execute(
         "SELECT key, unnest(ranking), generate_subscripts(ranking, 1) FROM read_parquet(?)", [path]
     )
@@ -101,19 +101,18 @@ def test_at_most_1536_bytes_an_image(tmp_path, count, probabilities):
     found = images("s3://bucket/train-000000.tar", count, 196, (0.9, 0.8, 0.7, 0.6, 0.5), num_classes=1000)
     if probabilities:  # of the label and confidence scores: floats with random exponents too
         found.arrays["score"] = np.random.default_rng(1).random((count, 196), np.float32) ** 4
-    fingerprint = rankings.prepare(str(tmp_path), settings(grid=[14, 14]))
-    size = rankings.write(str(tmp_path), found.shard, found.table(), [], fingerprint)
-    assert size == (tmp_path / rankings.file_name(found.shard)).stat().st_size
+    size = Folder(str(tmp_path)).write(found.shard, found.table(), encode=rankings.encode)
+    assert size == (tmp_path / file_name(found.shard)).stat().st_size
     assert 196 * count < size <= 1536 * count
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path):
     found = images("/data/train-000.tar", 4000, 196)
-    rankings.write(str(tmp_path / "a"), found.shard, found.table(), [], "f")
+    Folder(str(tmp_path / "a")).write(found.shard, found.table(), encode=rankings.encode)
     whole = found.table()
     batches = pa.concat_tables([whole.slice(0, 0), *(whole.slice(start, 64) for start in range(0, 4000, 64))])
-    rankings.write(str(tmp_path / "b"), found.shard, batches, [], "f")
-    name = rankings.file_name(found.shard)
+    Folder(str(tmp_path / "b")).write(found.shard, batches, encode=rankings.encode)
+    name = file_name(found.shard)
     assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
@@ -139,15 +138,15 @@ def test_a_wrong_ranking_is_not_written(change, message):
 
 def test_file_names_follow_from_the_uri(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert rankings.file_name("train-000.tar") == rankings.file_name(f"file://{tmp_path}/train-000.tar")
-    assert rankings.file_name("s3://a/train-000.tar").startswith("train-000-")
-    assert rankings.file_name("s3://a/train-000.tar.gz").startswith("train-000-")
-    assert rankings.file_name("s3://a/b.tar?region=x") == rankings.file_name("s3://a/b.tar")
+    assert file_name("train-000.tar") == file_name(f"file://{tmp_path}/train-000.tar")
+    assert file_name("s3://a/train-000.tar").startswith("train-000-")
+    assert file_name("s3://a/train-000.tar.gz").startswith("train-000-")
+    assert file_name("s3://a/b.tar?region=x") == file_name("s3://a/b.tar")
     uris = ["s3://a/train.tar", "s3://b/train.tar", "gs://a/train.tar", "/a/train.tar", "/a/train.tgz", "/b/train.tar"]
-    assert len({rankings.file_name(uri) for uri in uris}) == len(uris)
-    odd = rankings.file_name("/data/[x]* 'é?'.tar")
+    assert len({file_name(uri) for uri in uris}) == len(uris)
+    odd = file_name("/data/[x]* 'é?'.tar")
     assert odd.endswith(".parquet") and not set(odd) & set("[]*? '")
-    assert len(rankings.file_name("/data/" + "x" * 250 + ".tar")) < 200
+    assert len(file_name("/data/" + "x" * 250 + ".tar")) < 200
 
 
 @contextlib.contextmanager
@@ -163,12 +162,12 @@ def small_disk():
 
 def test_a_disk_that_fills_up_leaves_no_part_of_a_file(tmp_path):
     few, many = images("/data/a.tar", 5), images("/data/a.tar", 1000)
-    name = rankings.file_name("/data/a.tar")
-    rankings.write(str(tmp_path / "earlier"), few.shard, few.table(), [], "f")
+    name = file_name("/data/a.tar")
+    Folder(str(tmp_path / "earlier")).write(few.shard, few.table())
     before = (tmp_path / "earlier" / name).read_bytes()
     for folder in ("new", "earlier"):
         with small_disk(), pytest.raises(OSError, match="File too large"):
-            rankings.write(str(tmp_path / folder), many.shard, many.table(), [Reject("k", "no image")], "f")
+            Folder(str(tmp_path / folder)).write(many.shard, many.table(), [Reject("k", "no image")])
     assert written(tmp_path / "new") == [f"rejects/{name}"]
     assert written(tmp_path / "earlier") == sorted([name, f"rejects/{name}"])
     assert (tmp_path / "earlier" / name).read_bytes() == before
@@ -196,7 +195,7 @@ def test_open_says_what_is_missing(tmp_path):
         rankings.open(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"holds no search\.json"):
         rankings.open(str(tmp_path))
-    rankings.prepare(str(tmp_path), settings())
+    Folder(str(tmp_path)).prepare(settings())
     with pytest.raises(UserError, match="holds no rankings yet"):
         rankings.open(str(tmp_path))
     save(tmp_path, images("/data/a.tar", 3))
@@ -210,7 +209,7 @@ def damage(path: Path) -> None:
 
 def exchange(path: Path) -> None:
     other = images("/data/b.tar", 3, seed=1)
-    rankings.write(str(path.parent), other.shard, other.table(), [], "0" * 16)
+    Folder(str(path.parent), fingerprint="0" * 16).write(other.shard, other.table())
 
 
 def replace(path: Path) -> None:
@@ -224,7 +223,7 @@ def replace(path: Path) -> None:
 def test_a_file_that_does_not_belong_here_is_named(tmp_path, change, message, shards):
     for shard in shards:
         save(tmp_path, images(f"/data/{shard}.tar", 3))
-    name = rankings.file_name("/data/b.tar")
+    name = file_name("/data/b.tar")
     change(tmp_path / name)
     corpus = rankings.open(str(tmp_path))
     for read in (lambda: corpus.dataset, lambda: corpus.shard("/data/b.tar"), corpus.tensors, lambda: len(corpus)):
@@ -252,7 +251,7 @@ def test_tensors(tmp_path):
         assert tensors[name].dtype == expect
         assert np.array_equal(tensors[name].numpy(), found.arrays[name])
 
-    parts = sorted((found, other), key=lambda part: rankings.file_name(part.shard))
+    parts = sorted((found, other), key=lambda part: file_name(part.shard))
     whole = corpus.tensors()
     assert set(whole) == {"ranking", "score", "key"}
     assert np.array_equal(whole["ranking"].numpy(), np.concatenate([part.arrays["ranking"] for part in parts]))
@@ -272,15 +271,15 @@ def test_a_bucket_holds_what_a_disk_holds(tmp_path, s3_bucket):
     found, folder = images("s3://data/a.tar", 4), f"{s3_bucket}/runs/#1"
     for place in (folder, str(tmp_path)):
         save(place, found, (Reject("x", "no image"),))
-        rankings.record_failure(place, "s3://data/b.tar", "cut short")
-        assert rankings.finished(place, [found.shard, "s3://data/b.tar"]) == {found.shard}
+        Folder(place).record_failure("s3://data/b.tar", "cut short")
+        assert Folder(place).finished([found.shard, "s3://data/b.tar"]) == {found.shard}
     corpus = rankings.open(folder)
     assert corpus.shard(found.shard).to_pylist() == expected(found)
     assert corpus.dataset.to_table().equals(rankings.open(str(tmp_path)).dataset.to_table())
     assert corpus.rejects().num_rows == 1
-    assert rankings.failures(folder) == rankings.failures(str(tmp_path))
+    assert Folder(folder).failures() == Folder(str(tmp_path)).failures()
     with pytest.raises(UserError, match="holds another search"):
-        rankings.prepare(folder, settings(limit=1))
+        Folder(folder).prepare(settings(limit=1))
     with pytest.raises(UserError, match="no such folder"):
         rankings.open(f"{s3_bucket}/runs/2")
     save(folder, found)

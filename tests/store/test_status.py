@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 import ray
-from made_up import images, settings
+from made_up import images, save, settings
 from shared_ray import head
 from tiny_search import command, wait_for
 
 import cluster.metrics
 from jobs.status import main
-from patchrank.data.shards import Reject
 from patchrank.errors import UserError
-from patchrank.store import rankings, status
+from patchrank.store import status
+from patchrank.store.folder import Folder, Reject
 from patchrank.store.status import SILENT_SECONDS, Run
 
 pytest_plugins = ["s3", "tiny_results"]
@@ -33,18 +33,16 @@ SHARDS = [f"/data/{name}.tar" for name in "abcdef"]
 
 def write(folder: str, shard: str, rejects: int = 0) -> None:
     """The files of a finished shard with five images."""
-    fingerprint = rankings.prepare(folder, settings())
-    rejected = [Reject(f"bad {number}", "not an image") for number in range(rejects)]
-    rankings.write(folder, shard, images(shard, 5).table(), rejected, fingerprint)
+    save(folder, images(shard, 5), tuple(Reject(f"bad {number}", "not an image") for number in range(rejects)))
 
 
 def half_way(folder: str) -> Run:
     """A folder whose driver has finished a and b, lost c to a damaged tar, and has d and e in work."""
-    rankings.prepare(folder, settings())
+    Folder(folder).prepare(settings())
     status.write_shards(folder, SHARDS)
     for shard in SHARDS[:2]:
         write(folder, shard, rejects=2)
-    rankings.record_failure(folder, SHARDS[2], "truncated, after 7 samples")
+    Folder(folder).record_failure(SHARDS[2], "truncated, after 7 samples")
     run = Run("search", started=1000.0, updated=1100.0, actors=2, images=13, images_per_second=0.5, seconds_left=40.0)
     run.running = {SHARDS[3]: 3, SHARDS[4]: 0}
     status.write_run(folder, run)
@@ -92,7 +90,7 @@ def test_a_run_that_ended_and_one_that_is_through(tmp_path):
     status.write_run(folder, run)
     found = status.read(folder, now=1101.0)
     assert (found.state, found.running, found.waiting) == ("stopped", {}, 3)
-    rankings.clear_failure(folder, SHARDS[2])
+    Folder(folder).clear_failure(SHARDS[2])
     for shard in SHARDS[2:]:
         write(folder, shard)
     found = status.read(folder, now=1101.0)
@@ -126,7 +124,7 @@ def test_without_a_word_from_the_driver_the_tables_still_tell(tmp_path, damaged)
 
 
 def test_a_folder_without_a_table_and_one_that_is_none(tmp_path):
-    rankings.prepare(str(tmp_path), settings())
+    Folder(str(tmp_path)).prepare(settings())
     found = status.read(str(tmp_path))
     assert (found.state, found.done, found.images, found.rejects) == ("unknown", 0, 0, 0)
     for absent in (tmp_path / "absent", tmp_path / "rejects"):
