@@ -17,7 +17,7 @@ class Adapter(ABC):
     """An image tower taken apart. It holds the module and no weights of its own, so making one costs nothing.
 
     Attributes:
-        kind: the class of the modules that it is for.
+        module: the class of the modules that it is for.
         visual: the module.
         prefix_tokens: p, the tokens before the patches: 1 for a class token alone.
         grid: rows and columns of patches.
@@ -30,7 +30,7 @@ class Adapter(ABC):
         device: where the weights are.
     """
 
-    kind: ClassVar[type[nn.Module]]
+    module: ClassVar[type[nn.Module]]
     prefix_tokens: int
     grid: tuple[int, int]
     width: int
@@ -63,7 +63,7 @@ class Adapter(ABC):
     @classmethod
     @abstractmethod
     def refusal(cls, visual: Any) -> str | None:
-        """Why a module of this kind cannot be cut or pruned all the same; None where it can."""
+        """Why a module of that class cannot be cut or pruned all the same; None where it can."""
 
     @abstractmethod
     def structure(self) -> str:

@@ -15,11 +15,13 @@ def adapt(visual: nn.Module, name: str = "this model") -> Adapter:
     """The adapter of an image tower.
 
     Raises:
-        UserError: a tower that is not a plain vision transformer read out at its class token; names the model and the
-            reason.
+        UserError: there is no kind that takes it; names the model and the reason.
     """
-    found = next((kind for kind in KINDS if isinstance(visual, kind.kind)), None)
-    reason = f"its image tower is a {type(visual).__name__}" if found is None else found.refusal(visual)
-    if found is None or reason:
-        raise UserError(f"{name}: {reason}; patchrank takes plain vision transformers that are read at the class token")
-    return found(visual)
+    reason = f"its image tower is a {type(visual).__name__}"
+    for kind in KINDS:
+        if isinstance(visual, kind.module):
+            refusal = kind.refusal(visual)
+            if refusal is None:
+                return kind(visual)
+            reason = refusal
+    raise UserError(f"{name}: {reason}; patchrank takes plain vision transformers that are read at the class token")

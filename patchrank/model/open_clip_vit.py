@@ -21,7 +21,7 @@ class OpenClipViT(Adapter):
     built with, except in bfloat16 on a CPU, where that is slow, and with gates.
     """
 
-    kind = VisionTransformer
+    module = VisionTransformer
     prefix_tokens = 1
 
     def __init__(self, visual: Any) -> None:

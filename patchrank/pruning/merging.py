@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from patchrank.errors import UserError
 from patchrank.model.adapter import Adapter
 from patchrank.model.kinds import adapt
 from patchrank.pruning.methods import Method
@@ -51,8 +52,14 @@ class MergedTower(StandIn):
 
 
 def image_tower(visual: nn.Module, schedule: Schedule) -> MergedTower:
-    """A tower that merges, at as many multiply-adds as dropping tokens by a schedule takes."""
+    """A tower that merges, at as many multiply-adds as dropping tokens by a schedule takes.
+
+    Raises:
+        UserError: its first patch is not behind a class token alone.
+    """
     adapter = adapt(visual)
+    if adapter.prefix_tokens != 1:
+        raise UserError("token merging takes image towers with a class token and nothing else before the patches")
     return MergedTower(visual, merges_for(adapter, scheduled_multiply_adds(adapter, schedule)) if schedule else [])
 
 
