@@ -4,6 +4,7 @@ tower = Tower(model.visual, cut=3)
 tokens = tower.prefix(images)              # the full sequence, class embedding first
 tower.suffix(tokens)                       # = model.encode_image(images)
 tower.suffix(tokens, kept)                 # the embedding when only the tokens `kept` go on
+tower.suffix(tokens, gates=gates)          # ... when there is only so much of each as a key, with a gradient
 """
 
 from __future__ import annotations

@@ -48,22 +48,23 @@ class PrunedTower(StandIn):
         """Embeddings of pruned images, (B, 3, H, W) -> (B, E), as the original tower gives them: not normalised."""
         if self.idle:
             return self.original(images)
-        x = self.adapter.embed(images)  # (B, p + N, D)
-        if x.shape[1] != self.adapter.length:
+        adapter = self.adapter
+        x = adapter.embed(images)  # (B, p + N, D)
+        if x.shape[1] != adapter.length:
             raise ValueError("patch dropout is at work; call model.eval() before a pruned model is used")
-        first = self.adapter.prefix_tokens  # the place of the first patch: after these and learnable tokens
+        first = adapter.prefix_tokens  # the place of the first patch: after these and learnable tokens
         if self.tokens is not None and self.tokens.config.place == "input":
             x, first = self._join(x)
         before = None
-        for number in range(self.adapter.depth):
+        for number in range(adapter.depth):
             kept = self.schedule.get(number)
             if kept is not None:
                 x = self._drop(x, first, kept, before, number)
             if self.tokens is not None and self.tokens.config.place == "cut" and number == self.cut:
                 x, first = self._join(x)
             before = x
-            x = self.adapter.run(x, number, number + 1)
-        return self.adapter.readout(x)
+            x = adapter.run(x, number, number + 1)
+        return adapter.readout(x)
 
     def _join(self, x: Tensor) -> tuple[Tensor, int]:
         """Learnable tokens put behind the prefix tokens, (B, p + n, D) -> (B, p + b + n, D); the first patch's place.
@@ -82,9 +83,10 @@ class PrunedTower(StandIn):
         assert selector is not None
         if number != min(self.schedule) and not selector.tells_anew:
             return x[:, : first + kept]  # they are in order already
-        p, there = self.adapter.prefix_tokens, x.shape[1] - first
+        adapter, there = self.adapter, x.shape[1] - first
+        p = adapter.prefix_tokens
         tokens = torch.cat([x[:, :p], x[:, first:]], dim=1) if first > p else x  # (B, p + n, D)
-        attention = None if before is None else partial(self.adapter.class_attention, before.detach(), number - 1)
+        attention = None if before is None else partial(adapter.class_attention, before.detach(), number - 1)
         usefulness = selector(tokens.detach(), there, attention)  # (B, n)
         places = first + usefulness.topk(kept, dim=1).indices  # (B, kept), best first; ONNX has no stable sort
         chosen = x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))  # (B, kept, D)

@@ -40,11 +40,12 @@ class MergedTower(StandIn):
         """Embeddings, (B, 3, H, W) -> (B, E), as the original tower gives them: not normalised."""
         if self.idle:
             return self.original(images)
-        x = self.adapter.embed(images)  # (B, p + N, D)
+        adapter = self.adapter
+        x = adapter.embed(images)  # (B, p + N, D)
         sizes = x.new_ones(x.shape[:2], dtype=torch.float32)  # (B, p + N)
         for number, merges in enumerate([*self.merges, 0]):
-            x, sizes = merge_block(self.adapter, number, x, sizes, merges)
-        return self.adapter.readout(x)
+            x, sizes = merge_block(adapter, number, x, sizes, merges)
+        return adapter.readout(x)
 
     def multiply_adds(self) -> int:
         """As `StandIn.multiply_adds`."""

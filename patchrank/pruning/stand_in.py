@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from patchrank.model.adapter import Adapter
 from patchrank.model.kinds import adapt
 
 
@@ -22,11 +23,16 @@ class StandIn(nn.Module):
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
         self.original = visual
-        self.adapter = adapt(visual)
+        self._kind = type(adapt(visual))
         # What open_clip and its users ask an image tower for: image_size, preprocess_cfg, output_dim and the like.
         for name, value in vars(visual).items():
             if not name.startswith("_") and name != "training":
                 setattr(self, name, value)
+
+    @property
+    def adapter(self) -> Adapter:
+        """What is known of the tower. Made anew, as a replica (DataParallel's) is given a tower of its own."""
+        return self._kind(self.original)
 
     @property
     def idle(self) -> bool:

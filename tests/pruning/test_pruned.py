@@ -210,6 +210,14 @@ def test_the_whole_model_autocast_and_lower_precision(small_clip, images):
     torch.save(model.state_dict(), buffer)  # an ordinary module
 
 
+@pytest.mark.parametrize("how", ["class-attention", "token-merging"])
+def test_replicas_run_a_tower_of_their_own(small_clip, images, how):
+    first, second = (patchrank.prune(small_clip(seed=seed), how, keep=0.5).visual for seed in (0, 1))
+    replica = first._replicate_for_data_parallel()  # whose modules DataParallel then sets
+    replica.original = second.original
+    assert torch.equal(replica(images), second(images)) and not torch.equal(replica(images), first(images))
+
+
 def test_gradients_reach_the_pixels_and_what_is_kept_alone(small_clip, images):
     model = small_clip()
     patchrank.prune(model, bundle_for(model), keep=0.3)
