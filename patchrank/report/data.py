@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from patchrank.errors import UserError
+from patchrank.evaluation import figures
 from patchrank.store import storage
 from patchrank.store.folder import Folder
 
@@ -196,7 +197,7 @@ def read(folder: str) -> Evaluation:
             are damaged.
     """
     uri = storage.absolute(folder)
-    path = storage.join(uri, "figures.json")
+    path = storage.join(uri, figures.FILE)
     try:
         if not storage.exists(uri):
             raise UserError(f"{folder}: no such folder")

@@ -115,3 +115,35 @@ def test_a_damaged_failure_record_still_tells_of_a_failure(tmp_path):
     assert first == {"shard": "/data/a.tar", "error": "cut short"}
     for record, name in ((second, "b-01234567"), (third, "c-01234567")):
         assert record["shard"] == name and f"failed/{name}.json is damaged" in record["error"]
+
+
+def test_an_evaluation_keeps_its_folder_as_a_search_does(tmp_path):
+    folder = Folder(str(tmp_path), "evaluation").prepare(settings())
+    assert json.loads((tmp_path / "evaluation.json").read_bytes())["format"] == "1"
+    folder.write("/data/a.tar", images("/data/a.tar", 2).table())
+    folder.write("/data/b.tar", images("/data/b.tar", 0).table(), error="cut short")
+    assert folder.tables(["/data/b.tar", "/data/a.tar"]) == [file_name("/data/a.tar")]
+    assert Folder(str(tmp_path), "evaluation").finished(["/data/a.tar", "/data/b.tar"]) == {"/data/a.tar"}
+    with pytest.raises(UserError, match="holds another evaluation"):
+        Folder(str(tmp_path), "evaluation").prepare(settings(limit=1))
+
+
+def test_a_part_of_a_shard_does_not_pass_for_the_whole(tmp_path):
+    folder, found = Folder(str(tmp_path)), images("/data/a.tar", 3)
+    folder.write(found.shard, found.table(), [Reject("x", "no image")], error="cut short")
+    assert folder.tables([found.shard]) and folder.finished([found.shard]) == set()
+    folder.write(found.shard, found.table())
+    assert folder.finished([found.shard]) == {found.shard} and folder.failures() == []
+
+
+def test_a_training_has_neither_tables_nor_a_format(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    folder = Folder(str(tmp_path), "training").prepare({"steps": 3, "test": ("a",)})
+    assert folder.holds() and not Folder(str(tmp_path), "training", "0" * 16).holds()
+    assert json.loads((tmp_path / "training.json").read_bytes()).keys() == {"fingerprint", "settings"}
+    assert Folder(str(tmp_path), "training").prepare({"steps": 3, "test": ["a"]}).fingerprint == folder.fingerprint
+    with pytest.raises(UserError, match=r"holds another training \(steps: 3 there, 4 now, test: "):
+        Folder(str(tmp_path), "training").prepare({"steps": 4})
+    (tmp_path / "training.json").write_bytes(b"{")
+    with pytest.raises(UserError, match=r"training\.json: damaged; delete the folder and train again"):
+        folder.holds()
