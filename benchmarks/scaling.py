@@ -34,11 +34,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks is no installed package
 from benchmarks.corpus import GRID, KEEP_RATES, drawn, uri
-from cluster.actor import Plan, RankingActor, Shared
+from cluster.actor import Shared
 from cluster.places import connected
 from cluster.pool import Pool
 from cluster.progress import ShardReport
 from cluster.rank import SearchSummary, work_through
+from cluster.ranking_actor import Plan, RankingActor
 from patchrank import assets
 from patchrank.data.images import MAX_PIXELS
 from patchrank.data.progress import Progress

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 
 import ray
 
-from cluster.actor import Plan, RankingActor, Shared, Timing
+from cluster.actor import Shared
 from cluster.class_source import usable
 from cluster.places import Places, connected
 from cluster.pool import Failed, Pool
 from cluster.rank import SearchJob, images_per_batch, settings
+from cluster.ranking_actor import Plan, RankingActor, Timing
 from patchrank.data import shards
 from patchrank.errors import UserError
 from patchrank.model import loading

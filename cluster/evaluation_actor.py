@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from cluster.actor import RankingActor, Shared, check_folder, report, write
+from cluster.actor import Shared, TowerActor
 from cluster.progress import ShardReport
+from patchrank.data.progress import Progress
+from patchrank.data.shard_job import ShardResult
 from patchrank.evaluation import latency
 from patchrank.evaluation.evaluate import EvaluationConfig, ShardEvaluator
 from patchrank.model.kinds import adapt
@@ -44,7 +46,7 @@ class LatencyPlan:
     seconds: float
 
 
-class EvaluationActor(RankingActor):
+class EvaluationActor(TowerActor):
     """Holds the tower on one device and evaluates the shards it is given."""
 
     def __init__(self) -> None:
@@ -63,13 +65,11 @@ class EvaluationActor(RankingActor):
 
     def evaluate(self, shared: Shared, shard: str, plan: EvaluationPlan) -> ShardReport:
         """Evaluate a shard and write its table and its rejects. Raises OutputError where they cannot be written."""
-        check_folder(plan.folder)
-        evaluator = self._evaluation(shared, plan)
-        with self._watched(shard) as progress:
-            found = evaluator.evaluate(shard, progress)
-            with progress.timed("write"):
-                size = write(plan.folder, shard, found)
-            return report(found, progress, size)
+
+        def work(progress: Progress) -> ShardResult:
+            return self._evaluation(shared, plan).evaluate(shard, progress)
+
+        return self._made(shard, plan.folder, work)
 
     def latency(self, shared: Shared, item: str, plan: LatencyPlan) -> tuple[list[dict[str, Any]], str]:
         """Seconds a batch and speed-up of every method at every keep rate and batch size, and the device's name."""

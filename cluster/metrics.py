@@ -1,9 +1,9 @@
 """What the actors do, as Ray metrics: Prometheus collects them from every node, Ray's dashboard shows them by Grafana.
 
-ray_patchrank_images_total           images ranked; ranked twice where an actor died half-way
+ray_patchrank_images_total           images ranked or evaluated; twice where an actor died half-way
 ray_patchrank_candidates_total       candidates scored
-ray_patchrank_rejects_total          samples that could not be ranked
-ray_patchrank_seconds_total          seconds by stage, the label `Stage`: read, decode, search, write
+ray_patchrank_rejects_total          samples that could not be used
+ray_patchrank_seconds_total          seconds by stage, the label `Stage`: read, decode, search or evaluate, write
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from ray.util.metrics import Counter
 from patchrank.data.progress import Progress
 
 _COUNTS = {
-    "images": "Images ranked.",
+    "images": "Images ranked or evaluated.",
     "candidates": "Candidates scored.",
-    "rejects": "Samples that could not be ranked.",
+    "rejects": "Samples that could not be used.",
 }
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import ray
 import torch
 
-from cluster.actor import OutputError, Plan, RankingActor, Shared
+from cluster.actor import OutputError, Shared
 from cluster.class_source import class_source, settle, usable
 from cluster.places import Places, connected
 from cluster.pool import Failed, Pool
 from cluster.progress import Meter, ShardReport
+from cluster.ranking_actor import Plan, RankingActor
 from patchrank import __version__
 from patchrank.data import shards
 from patchrank.data.images import MAX_PIXELS

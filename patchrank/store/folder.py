@@ -43,6 +43,9 @@ class Reject:
     reason: str
 
 
+Encode = Callable[[pa.Table, Mapping[str, str]], bytes]  # a table and its metadata as a file; the same gives the same
+
+
 def serialise(table: pa.Table, metadata: Mapping[str, str], **options: Any) -> bytes:
     """A table as the bytes of a Parquet file; options as for `pyarrow.parquet.write_table`."""
     sink = pa.BufferOutputStream()
@@ -165,7 +168,7 @@ class Folder:
         table: pa.Table,
         rejects: Sequence[Reject] = (),
         error: str | None = None,
-        encode: Callable[[pa.Table, Mapping[str, str]], bytes] = serialise,
+        encode: Encode = serialise,
     ) -> int:
         """Write what came of a shard, its rejects before its table, so that a shard with a table is finished.
 

@@ -1,0 +1,104 @@
+"""The Ray actor that ranks shards on one device, and times the search there."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cluster.actor import Shared, TowerActor
+from cluster.pool import Failed
+from cluster.progress import ShardReport
+from patchrank.data import decoding, shards
+from patchrank.data.decoding import Undecodable
+from patchrank.data.progress import Progress
+from patchrank.data.shard_job import ShardResult
+from patchrank.data.shards import Sample, ShardError
+from patchrank.search.estimate import seconds_per_image
+from patchrank.search.ranker import ShardRanker
+from patchrank.search.searcher import SearchConfig, Searcher
+from patchrank.store import rankings
+from patchrank.store.folder import Folder
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an actor must know to rank a shard; `classes` is (K, E) or None."""
+
+    folder: Folder
+    config: SearchConfig
+    keep_rates: tuple[float, ...]
+    classes: Tensor | None
+    logit_scale: float
+    images_per_batch: int
+    candidates_per_batch: int | None
+    limit: int | None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What an actor found out about the cost of a shard.
+
+    Attributes:
+        samples: of the shard, up to the limit.
+        seconds: of the search, an image.
+        memory, gpu_memory: peak of the actor's process, and of the GPU, in bytes.
+    """
+
+    samples: int
+    seconds: float
+    memory: int
+    gpu_memory: int
+
+
+class RankingActor(TowerActor):
+    """Holds the tower on one device and ranks the shards it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ranker: ShardRanker | None = None  # kept: its searcher knows how many candidates the memory has room for
+
+    def _ranking(self, shared: Shared, plan: Plan) -> ShardRanker:
+        tower, preprocess = self._load(shared)
+        with self._loading:
+            if self._ranker is None:
+                chunk = plan.candidates_per_batch
+                searcher = Searcher(tower, plan.config, plan.classes, plan.logit_scale, plan.keep_rates, chunk)
+                num_classes = None if plan.classes is None else len(plan.classes)
+                threads = shared.places.threads
+                self._ranker = ShardRanker(
+                    searcher, preprocess, num_classes, plan.images_per_batch, plan.limit, threads
+                )
+            return self._ranker
+
+    def rank(self, shared: Shared, shard: str, plan: Plan) -> ShardReport:
+        """Rank a shard and write its table and its rejects. Raises OutputError where they cannot be written."""
+
+        def work(progress: Progress) -> ShardResult:
+            return self._ranking(shared, plan).rank(shard, progress, self._device)
+
+        return self._made(shard, plan.folder, work, rankings.encode)
+
+    def estimate(self, shared: Shared, shard: str, plan: Plan, seconds: float) -> Timing | Failed:
+        """How long an image of a shard takes, from about so many seconds of timing; nothing is written."""
+        tower, preprocess = self._load(shared)
+        searcher = Searcher(tower, plan.config, None, keep_rates=plan.keep_rates, chunk=plan.candidates_per_batch)
+        samples = 0
+        first: Tensor | None = None
+        try:
+            for sample in shards.read(shard, plan.limit):
+                samples += 1
+                if first is None and isinstance(sample, Sample):
+                    with contextlib.suppress(Undecodable):  # the next one will do
+                        first = decoding.pixels(sample.image, preprocess)
+        except ShardError as error:
+            return Failed(str(error))
+        if first is None:
+            return Failed("holds no image that can be read")
+        pixels = first.expand(min(plan.images_per_batch, samples), -1, -1, -1)
+        took = seconds_per_image(searcher, pixels, seconds)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return Timing(samples, took, memory, torch.cuda.max_memory_allocated() if shared.places.gpu else 0)
