@@ -96,8 +96,8 @@ class ShardJob:
     """What is done to the images of a shard.
 
     Attributes:
-        stage: of the progress, which the time that `rows` takes is counted to.
-        what: can overflow, for people.
+        stage: where the progress counts the time that `rows` takes.
+        what: can overflow, as the reason of a reject names it.
         tower: in whose dtype, and on whose device, it is computed.
         nothing: the table of a shard without an image; it has the same columns as every other.
         rows: what is found of a batch: a table of the images for which all is finite, and which these are, (B,) bool.
@@ -141,8 +141,8 @@ class ShardJob:
                     tables.append(table)
                     progress.images += int(finite.sum())
                     reason = f"{self.what} overflows in {self.tower.dtype}; use --dtype float32"
-                    good = zip(batch.keys, finite.tolist(), strict=True)
-                    overflows += [Reject(key, reason) for key, is_good in good if not is_good]
+                    lost = [key for key, good in zip(batch.keys, finite.tolist(), strict=True) if not good]
+                    overflows += [Reject(key, reason) for key in lost]
         except ShardError as damage:
             error = str(damage)
         progress.rejects = len(rejects) + len(overflows)

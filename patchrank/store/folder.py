@@ -43,7 +43,7 @@ class Reject:
     reason: str
 
 
-Encode = Callable[[pa.Table, Mapping[str, str]], bytes]  # a table and its metadata as a file; the same gives the same
+Encode = Callable[[pa.Table, Mapping[str, str]], bytes]  # a table and its metadata as the bytes of a file
 
 
 def serialise(table: pa.Table, metadata: Mapping[str, str], **options: Any) -> bytes:
