@@ -123,7 +123,7 @@ def search(job: SearchJob) -> SearchSummary:
         shared = Shared(ray.put(tower), ray.put(model.preprocess()), places, job.max_pixels)
         size = min(places.actors, max(len(todo), len(prototypes)))
         at_once = 2 if places.gpu else 1  # a CPU decodes with the very cores that search
-        pool = Pool(RankingActor, shared, size, places.cpus, places.gpus, (OutputError,), places.room, at_once)
+        pool = Pool(RankingActor, shared, size, places.cpus, places.gpus, (OutputError,), places.room, at_once=at_once)
         known = settle(pool, prototypes, folder.uri, identity, known, names, images_per_batch(job, places))
         plan = Plan(
             folder=folder,

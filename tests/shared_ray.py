@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).parent
+from here import ROOT
 
 
 class Hold:
@@ -43,7 +42,8 @@ def environment(tmp_path_factory):
     """What processes must have in theirs to be held up, to find the tests' own modules, and to miss a worker soon."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HELD", str(tmp_path_factory.mktemp("held")))
-        paths = [str(HERE / "held"), str(HERE), str(HERE / "cluster"), str(HERE.parent), os.environ.get("PYTHONPATH")]
+        tests = ROOT / "tests"
+        paths = [*map(str, (tests / "held", tests, tests / "cluster", ROOT)), os.environ.get("PYTHONPATH")]
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
         yield

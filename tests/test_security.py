@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from here import ROOT
 from PIL import Image
 
 from patchrank.data import images, shards
@@ -21,8 +22,6 @@ from patchrank.data.shards import Sample, ShardError
 from patchrank.errors import UserError
 from patchrank.model import loading
 from patchrank.store.folder import Reject
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture

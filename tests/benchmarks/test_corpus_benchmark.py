@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
+from here import ROOT
 
 from benchmarks import corpus as benchmark
 from patchrank.store import queries, rankings
 
-JOB = Path(__file__).parents[2] / "benchmarks" / "corpus.py"
+JOB = ROOT / "benchmarks" / "corpus.py"
 
 
 def test_a_small_corpus_is_written_once_and_measured(tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shlex
 import tomllib
@@ -11,18 +10,17 @@ from pathlib import Path
 import boto3
 import jsonschema
 import pytest
+import ray
 import yaml
-from ray.autoscaler._private.commands import _bootstrap_config
-from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
-from ray.autoscaler._private.providers import _get_node_provider
-from ray.autoscaler._private.util import prepare_config, validate_config
+from autoscaler import config_of_ray_cluster, node_provider
+from here import ROOT
+from ray.autoscaler.sdk import bootstrap_config
 from ray.autoscaler.tags import NODE_KIND_WORKER, TAG_RAY_NODE_KIND, TAG_RAY_USER_NODE_TYPE
 
 from jobs import search
 
 pytest_plugins = ["s3"]
 
-ROOT = Path(__file__).parents[2]
 LAUNCHED = ["ray_cluster.yaml", "cluster/local.yaml"]
 RAYJOB = yaml.safe_load((ROOT / "cluster" / "rayjob.yaml").read_text())
 
@@ -31,11 +29,19 @@ def read(name):
     return yaml.safe_load((ROOT / name).read_text())
 
 
+def schema():
+    """What Ray takes for a cluster file."""
+    return json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
+
+
 @pytest.mark.parametrize("name", LAUNCHED)
 def test_ray_takes_the_file(name):
-    schema = Path(importlib.util.find_spec("ray").origin).parent / "autoscaler" / "ray-schema.json"
-    jsonschema.validate(read(name), json.loads(schema.read_text()))
-    validate_config(prepare_config(read(name)))
+    jsonschema.validate(read(name), schema())
+
+
+def test_ray_fills_in_the_file_of_machines_that_are_there():
+    types = bootstrap_config(read("cluster/local.yaml"), no_config_cache=True)["available_node_types"]
+    assert list(types) == ["local.cluster.node"]
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
@@ -45,7 +51,7 @@ def test_what_is_installed_is_there_and_is_all_that_the_installation_needs(name)
     assert all((ROOT / source).exists() for source in mounts.values())
     assert {target.removeprefix("~/patchrank/source/") for target in mounts} == set(mounts.values())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    needed = {package.split(".")[0] for package in project["tool"]["setuptools"]["packages"]}
+    needed = {package.rstrip("*") for package in project["tool"]["setuptools"]["packages"]["find"]["include"]}
     needed |= {"pyproject.toml", "constraints.txt", "LICENSE", project["project"]["readme"]}
     assert set(mounts.values()) == needed
 
@@ -74,11 +80,11 @@ def test_an_aws_account_gets_spot_machines_with_gpus(s3_endpoint, tmp_path, monk
     config = read("ray_cluster.yaml")
     for node in config["available_node_types"].values():
         node["node_config"]["ImageId"] = image
-    config = _bootstrap_config(config, no_config_cache=True)
+    config = bootstrap_config(config, no_config_cache=True)
     types = config["available_node_types"]
     assert types["gpu_spot"]["resources"]["GPU"] == 1 and types["head"]["resources"] == {"CPU": 0}
 
-    provider = _get_node_provider(config["provider"], config["cluster_name"])
+    provider = node_provider(config["provider"], config["cluster_name"])
     tags = {TAG_RAY_NODE_KIND: NODE_KIND_WORKER, TAG_RAY_USER_NODE_TYPE: "gpu_spot"}
     provider.create_node(types["gpu_spot"]["node_config"], tags, 1)
     reservations = boto3.client("ec2").describe_instances()["Reservations"]
@@ -162,8 +168,8 @@ def test_the_rayjob_has_only_fields_that_kuberay_documents():
 
 def test_rays_autoscaler_on_kubernetes_reads_gpus_and_limits_out_of_the_rayjob():
     cluster = {"metadata": {"name": "patchrank", "namespace": "default"}, "spec": RAYJOB["spec"]["rayClusterSpec"]}
-    config = _derive_autoscaling_config_from_ray_cr(cluster)
-    validate_config(config)
+    config = config_of_ray_cluster(cluster)
+    jsonschema.validate(config, schema())
     types = config["available_node_types"]
     assert types["headgroup"]["resources"]["CPU"] == 0
     gpu = types["gpu"]

@@ -14,9 +14,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from here import ROOT
 from machines import Machine, missing, switch, wait_until
 
-ROOT = Path(__file__).parents[2]
 SHARDS = [str(ROOT / "patchrank" / "assets" / "shards" / f"train-00000{number}.tar.gz") for number in range(4)]
 LIMIT = 40  # images of a shard: enough for the slower of two machines to have its actor up while there are shards left
 SEARCH = ["--model", "embedded", "--limit", str(LIMIT), "--shards", *SHARDS]

@@ -9,10 +9,10 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
+from here import ROOT
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_search import wait_for
@@ -23,8 +23,6 @@ from patchrank.errors import UserError
 from patchrank.training import configuration
 
 pytest_plugins = ["shared_ray"]
-
-HERE = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +108,7 @@ def assert_close(curve, other):
 
 def test_a_stopped_training_goes_on_where_it_was_and_ends_the_same(line, undisturbed, held, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, str(HERE / "tiny_task.py"), str(out), str(held)]
+    command = [sys.executable, str(ROOT / "tests" / "tiny_task.py"), str(out), str(held)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
             waiting(held, 1)

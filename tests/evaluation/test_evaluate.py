@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from small_model import save_model
 
 import patchrank
 from cluster.evaluate import EvaluationJob, run
+from jobs import evaluate as evaluate_job
 from patchrank.data import shards
 from patchrank.data.held_out import is_held_out
 from patchrank.data.images import decode
@@ -45,7 +45,6 @@ from patchrank.store.folder import Folder, file_name
 pytest_plugins = ["shared_ray"]
 
 CLASSES = ["ant", "bee", "cat"]
-ROOT = Path(__file__).parents[2]
 KEEP_RATES = (0.75, 0.5)
 
 
@@ -339,11 +338,6 @@ def test_held_out_images_alone_and_images_without_a_ranking(data, tmp_path):
 
 
 def test_bad_input_is_one_line_and_writes_nothing(data, address, tmp_path):
-    sys.path.insert(0, str(ROOT / "jobs"))
-    try:
-        main = __import__("evaluate").main
-    finally:
-        sys.path.pop(0)
     name = f"local-dir:{data / 'model'}"
     some = ["--shards", str(data / "images-0.tar"), "--model", name]
     ranked = ["--rankings", str(data / "rankings")]
@@ -371,7 +365,7 @@ def test_bad_input_is_one_line_and_writes_nothing(data, address, tmp_path):
         ([*ranked, "--pretrained", "openai"], "--pretrained needs --model"),
     ):
         with pytest.raises(UserError, match=words) as error:
-            main([*flags, "--address", address, "--out", str(tmp_path / "out")])
+            evaluate_job.main([*flags, "--address", address, "--out", str(tmp_path / "out")])
         assert "\n" not in str(error.value)
         assert not (tmp_path / "out").exists()
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from here import ROOT
 from PIL import Image
 
 from jobs.make_shards import main
@@ -23,7 +24,7 @@ from patchrank.data import shard_writer, shards
 from patchrank.data.shards import Sample
 from patchrank.errors import UserError
 
-JOB = Path(__file__).parents[2] / "jobs" / "make_shards.py"
+JOB = ROOT / "jobs" / "make_shards.py"
 
 
 def save(path: Path, seed: int = 0, size: int = 8) -> bytes:
@@ -238,7 +239,7 @@ def test_a_stopped_run_leaves_whole_shards(tmp_path, photos):
 
 
 def start(*argv: str, **options) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(JOB.parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, str(JOB), *argv], env=environment, text=True, **pipes, **options)
 

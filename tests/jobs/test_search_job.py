@@ -39,7 +39,7 @@ def test_three_actors_make_the_same_tables(data, undisturbed, address, tmp_path)
 
 def test_actors_with_two_shards_at_once_make_the_same_tables(data, undisturbed, address, hold, tmp_path, monkeypatch):
     """As actors on GPUs have; one of them is killed."""
-    monkeypatch.setattr(rank, "Pool", lambda *arguments: Pool(*arguments[:-1], 2))
+    monkeypatch.setattr(rank, "Pool", lambda *given, **named: Pool(*given, **(named | {"at_once": 2})))
     with once_waiting(hold, "1-5", lambda actor: os.kill(actor, signal.SIGKILL)):
         done = search_here(data, tmp_path / "out", "--actors", "1", address=address)
     assert done.returncode == 0, done.stderr

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -20,6 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import patchrank
 from cluster import training_flags
 from cluster.rank import SearchJob, search
+from jobs import evaluate as evaluate_job
+from jobs import train_predictor, train_tokens
 from patchrank.data import shards
 from patchrank.data.images import decode
 from patchrank.errors import UserError
@@ -33,17 +33,7 @@ from patchrank.training.tasks import TokensTask, open_images
 
 pytest_plugins = ["shared_ray"]
 
-ROOT = Path(__file__).parents[2]
 CLASSES = ["dark", "bright"]
-
-
-def job(name):
-    """The main function of a job."""
-    sys.path.insert(0, str(ROOT / "jobs"))
-    try:
-        return __import__(name).main
-    finally:
-        sys.path.pop(0)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +76,7 @@ def test_from_rankings_to_the_table(data, address, tmp_path, capsys):
     shared = ["--shards", str(data / "images-0.tar"), "--test", test, "--cache-features", cache, "--batch", "8"]
     shared += ["--address", address, "--cpus-per-worker", "1"]
     trained = ["--out", str(tmp_path / "predictor"), "--workers", "2", "--epochs", "20", "--learning-rate", "0.01"]
-    assert job("train_predictor")(flags(data, *shared, *trained)) == 0
+    assert train_predictor.main(flags(data, *shared, *trained)) == 0
     printed = capsys.readouterr().out
     assert "40 with a ranking, 0 without, 0 rankings without an image" in printed
     assert f"next          python jobs/train_tokens.py --rankings {data / 'rankings'}" in printed
@@ -99,7 +89,7 @@ def test_from_rankings_to_the_table(data, address, tmp_path, capsys):
 
     trained = ["--predictor", str(tmp_path / "predictor"), "--out", str(tmp_path / "tokens"), "--workers", "1"]
     more = ["--tokens", "4", "--keep", "0.5", "--epochs", "20"]
-    assert job("train_tokens")(flags(data, *shared, *trained, *more)) == 0
+    assert train_tokens.main(flags(data, *shared, *trained, *more)) == 0
     assert "jobs/evaluate.py" in capsys.readouterr().out
     tokens, record = prompts.load(str(tmp_path / "tokens"))
     before, after = record["figures"]["before"], record["figures"]["after"]
@@ -113,7 +103,7 @@ def test_from_rankings_to_the_table(data, address, tmp_path, capsys):
     evaluated = ["--rankings", str(data / "rankings"), "--shards", test, "--dtype", "float32", "--keep-rates", "0.5"]
     out = ["--out", str(tmp_path / "evaluation"), "--save-bundle", str(tmp_path / "bundle"), "--timed-seconds", "0"]
     out += ["--address", address, "--cpus-per-actor", "1"]
-    assert job("evaluate")([*evaluated, *learnt_from, *out]) == 0
+    assert evaluate_job.main([*evaluated, *learnt_from, *out]) == 0
     printed = capsys.readouterr().out
     blocks = [block.splitlines() for block in printed.split("\n\n")]
     table = {
@@ -227,7 +217,7 @@ def test_bad_input_of_the_predictor_is_one_line_and_writes_nothing(data, tmp_pat
     changes = [change.format(tmp=tmp_path) for change in changes]
     changes = [f"local-dir:{change}" if changes[0] == "--model" and "/" in change else change for change in changes]
     with pytest.raises(UserError, match=words) as error:
-        job("train_predictor")(flags(data, "--out", str(tmp_path / "out"), *changes))
+        train_predictor.main(flags(data, "--out", str(tmp_path / "out"), *changes))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -248,6 +238,6 @@ def test_bad_input_of_the_tokens_is_one_line_and_writes_nothing(data, untrained,
     changes = [change.format(tmp=tmp_path, untrained=untrained) for change in changes]
     shared = flags(data, "--predictor", str(untrained / "same"), "--out", str(tmp_path / "out"))
     with pytest.raises(UserError, match=words) as error:
-        job("train_tokens")([*shared, *changes])
+        train_tokens.main([*shared, *changes])
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()

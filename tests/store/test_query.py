@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from here import ROOT
 from made_up import CLASSES, KEEP_RATES, images, save, settings
 
 from jobs.query import main
@@ -301,11 +302,10 @@ def test_mistakes_in_a_query(tmp_path, query, message, form):
 
 def test_a_mistake_ends_the_job_with_status_2_and_no_trace(tmp_path):
     corpus(tmp_path)
-    root = Path(__file__).parents[2]
     for folder, query in ((tmp_path, "SELECT nope FROM rankings"), (tmp_path / "nowhere", "summary")):
         job = subprocess.run(
-            [sys.executable, str(root / "jobs" / "query.py"), str(folder), query],
-            env=os.environ | {"PYTHONPATH": str(root)},
+            [sys.executable, str(ROOT / "jobs" / "query.py"), str(folder), query],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
         )

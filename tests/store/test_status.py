@@ -10,10 +10,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
 import ray
+from here import ROOT
 from made_up import images, save, settings
 from shared_ray import head
 from tiny_search import command, wait_for
@@ -27,7 +27,6 @@ from patchrank.store.status import SILENT_SECONDS, Run
 
 pytest_plugins = ["s3", "tiny_results"]
 
-ROOT = Path(__file__).parents[2]
 SHARDS = [f"/data/{name}.tar" for name in "abcdef"]
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import boto3
 import pytest
+from here import ROOT
 from tiny_search import search, tables
 
 from patchrank.errors import UserError
@@ -16,7 +16,6 @@ from patchrank.store import storage
 
 pytest_plugins = ["s3", "tiny_results"]
 
-ROOT = Path(__file__).parents[2]
 KEY_ID = "AKIAVERYSECRETKEYID"
 SECRET = "vErYsEcReT/kEy+0123456789"
 # A process of its own, as pyarrow keeps connections and settings; fewer attempts, for errors that stay.
