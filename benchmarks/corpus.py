@@ -41,7 +41,7 @@ KEEP_RATES = (0.8, 0.7, 0.6, 0.5, 0.4)
 CLASSES = 1000
 UNCHANGED = 0.9  # of the predictions, at each keep rate
 QUERY_SECONDS, QUERY_BYTES, READER_RATIO, LISTING_SECONDS = 5.0, 1e9, 20.0, 5.0
-TRAINING_COLUMNS = ("ranking", "score")  # that patchrank.data.pairs reads of every table
+TRAINING_COLUMNS = ("ranking", "score")  # that patchrank.data.join reads of every table
 
 
 class Report:
