@@ -75,7 +75,8 @@ def test_a_driver_that_says_nothing_more_has_died(tmp_path):
 
 def test_a_damaged_failure_record_is_a_failure_of_its_shard(tmp_path):
     half_way(str(tmp_path))
-    write(str(tmp_path), SHARDS[2], rejects=2)  # the rows before the damage
+    folder = Folder(str(tmp_path)).prepare(settings())
+    folder.write(SHARDS[2], images(SHARDS[2], 5).table(), error="truncated, after 5 samples")
     (record,) = (tmp_path / "failed").iterdir()
     record.write_bytes(b"")
     found = status.read(str(tmp_path), now=1105.0)
@@ -89,7 +90,6 @@ def test_a_run_that_ended_and_one_that_is_through(tmp_path):
     status.write_run(folder, run)
     found = status.read(folder, now=1101.0)
     assert (found.state, found.running, found.waiting) == ("stopped", {}, 3)
-    Folder(folder).clear_failure(SHARDS[2])
     for shard in SHARDS[2:]:
         write(folder, shard)
     found = status.read(folder, now=1101.0)
