@@ -20,7 +20,7 @@ import functools
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -41,12 +41,13 @@ from patchrank.errors import UserError, run
 from patchrank.model import classes, loading
 from patchrank.model.loading import Model
 from patchrank.model.tower import Tower
+from patchrank.model.zero_shot import predict
 from patchrank.pruning.chance import Chance
 from patchrank.pruning.class_attention import ClassAttention
 from patchrank.pruning.comparison import before_cut
-from patchrank.search.candidates import Candidates
-from patchrank.search.scores import predict
-from patchrank.search.searcher import SearchConfig, Searcher
+from patchrank.search.candidates import Candidates, Value
+from patchrank.search.config import SearchConfig
+from patchrank.search.searcher import Searcher
 from patchrank.store import rankings
 from patchrank.store.folder import file_name
 from patchrank.tokens import matching_rate, tokens_kept
@@ -109,7 +110,7 @@ class Remembering(Candidates):
         tokens: Tensor,
         image: Tensor,
         kept: Tensor | None = None,
-        then: Callable[[Tensor, Tensor], Tensor] = lambda embeddings, image: embeddings,
+        value: Value = lambda embeddings, image: embeddings,
     ) -> Tensor:
         """As `Candidates.embed`."""
         if kept is None:
@@ -119,7 +120,7 @@ class Remembering(Candidates):
         if missing:
             found = super().embed(tokens, image[missing], kept[missing])
             self.known.update(zip((names[row] for row in missing), found, strict=True))
-        return then(torch.stack([self.known[name] for name in names]), image)
+        return value(torch.stack([self.known[name] for name in names]), image)
 
 
 def photos(uri: str, count: int) -> Iterator[shards.Sample]:

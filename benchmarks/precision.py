@@ -31,7 +31,8 @@ from patchrank.errors import UserError, run
 from patchrank.model import loading
 from patchrank.model.tower import Tower
 from patchrank.search.candidates import without_each
-from patchrank.search.searcher import SearchConfig, Searcher
+from patchrank.search.config import SearchConfig
+from patchrank.search.searcher import Searcher
 from patchrank.tokens import matching_rate, tokens_kept
 
 KEEP_RATES = (0.8, 0.7, 0.6, 0.5, 0.4)

@@ -46,8 +46,9 @@ from patchrank.data.progress import Progress
 from patchrank.errors import run
 from patchrank.model import loading
 from patchrank.model.tower import Tower
+from patchrank.search.config import SearchConfig
 from patchrank.search.ranker import ShardRanker
-from patchrank.search.searcher import SearchConfig, Searcher
+from patchrank.search.searcher import Searcher
 from patchrank.store import rankings
 from patchrank.store.folder import Folder
 

@@ -53,8 +53,9 @@ from patchrank.data.progress import Progress
 from patchrank.errors import run
 from patchrank.model.loading import resolve_dtype
 from patchrank.model.tower import Tower
+from patchrank.search.config import SearchConfig
 from patchrank.search.ranker import ShardRanker
-from patchrank.search.searcher import SearchConfig, Searcher
+from patchrank.search.searcher import Searcher
 from patchrank.store import rankings
 from patchrank.store.folder import Folder
 
@@ -120,8 +121,8 @@ def main() -> int:
     seconds: dict[str, list[float]] = {}
     with torch.inference_mode():
         calls: dict[str, Callable[[], object]] = {
-            "default": lambda: default._by_effects(tokens, full, None),
-            "one-shot": lambda: one_shot._by_scores(tokens, full, None),
+            "default": lambda: default.rank(tokens, full),
+            "one-shot": lambda: one_shot.rank(tokens, full),
             "authors": lambda: [authors_shape(visual, *one, tower.cut) for one in zip(tokens, full, strict=True)],
             "open_clip": lambda: [visual._pool(visual.transformer(sequences))[0] @ visual.proj for _ in range(batches)],
             "product": lambda: [square @ square for _ in range(products)],

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import ray
-import torch
 
 from cluster.actor import OutputError, Shared
 from cluster.class_source import class_source, settle, usable
@@ -24,7 +23,7 @@ from patchrank.errors import UserError
 from patchrank.model import classes, loading
 from patchrank.model.loading import Model
 from patchrank.model.tower import Tower
-from patchrank.search.searcher import SearchConfig, Searcher
+from patchrank.search.config import SearchConfig
 from patchrank.store import status
 from patchrank.store.folder import Folder
 
@@ -109,9 +108,7 @@ def search(job: SearchJob) -> SearchSummary:
     flags = (job.address, job.actors, job.cpus_per_actor, job.gpus_per_actor)
     with connected(*flags, shards=len(uris)) as places, usable(folder.uri):
         tower = Tower(model.visual, job.cut, loading.resolve_dtype(job.dtype, places.gpu), name=job.model)
-        anything = torch.zeros(1, tower.embed_dim) if identity else None
-        # Refuses what does not fit, before anything is written.
-        Searcher(tower, job.config, anything, keep_rates=job.keep_rates)
+        job.config.check(tower.grid, job.keep_rates, classes=identity is not None)  # before anything is written
         folder.prepare(settings(job, model, tower, identity, names))
         done = folder.finished(uris)
         status.write_shards(folder.uri, uris)

@@ -17,9 +17,10 @@ from patchrank.data.decoding import Undecodable
 from patchrank.data.progress import Progress
 from patchrank.data.shard_job import ShardResult
 from patchrank.data.shards import Sample, ShardError
+from patchrank.search.config import SearchConfig
 from patchrank.search.estimate import seconds_per_image
 from patchrank.search.ranker import ShardRanker
-from patchrank.search.searcher import SearchConfig, Searcher
+from patchrank.search.searcher import Searcher
 from patchrank.store import rankings
 from patchrank.store.folder import Folder
 

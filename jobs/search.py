@@ -20,8 +20,8 @@ from cluster.estimate import Estimate, estimate
 from cluster.rank import SearchJob, SearchSummary, search
 from patchrank import assets
 from patchrank.errors import UserError, run
-from patchrank.search.scores import SCORES
-from patchrank.search.searcher import RANK_BY, SearchConfig
+from patchrank.search.config import STRATEGIES, SearchConfig
+from patchrank.search.objective import SCORES
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,7 +52,8 @@ def parser() -> argparse.ArgumentParser:
     add("--remove-per-step", type=int, default=default.remove_per_step, help="tokens that leave a step (%(default)s)")
     add("--block", type=int, default=default.block, help="side of the sliding blocks, in tokens (%(default)s)")
     add("--rescore", default=default.rescore, help="times remove-per-step tokens scored again, or 'all' (%(default)s)")
-    add("--rank-by", default=default.rank_by, help=f"how scores become a ranking: {', '.join(RANK_BY)} (%(default)s)")
+    rank_by = ", ".join(STRATEGIES)
+    add("--rank-by", default=default.rank_by, help=f"how scores become a ranking: {rank_by} (%(default)s)")
     add("--proposals", type=int, default=default.proposals, help="by effects: sets that a step tries (%(default)s)")
     add("--keep-rates", type=float, nargs="*", default=list(SearchJob.keep_rates), help="to predict at (%(default)s)")
 

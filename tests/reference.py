@@ -1,6 +1,6 @@
 """The slow, obvious search: one image, one candidate, one block at a time, through open_clip's own modules.
 
-It shares no code with `patchrank.search.searcher` or `patchrank.model.tower` and is the oracle for both.
+It shares no code with `patchrank.search` or `patchrank.model.tower` and is the oracle for both.
 """
 
 from __future__ import annotations

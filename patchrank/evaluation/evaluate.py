@@ -25,9 +25,9 @@ from patchrank.data.progress import Progress
 from patchrank.data.shard_job import Reading, ShardJob, ShardResult
 from patchrank.data.shards import Sample
 from patchrank.model.tower import Tower
+from patchrank.model.zero_shot import probabilities
 from patchrank.pruning.comparison import Pruned, Pruner
 from patchrank.pruning.methods import UNPRUNED, Method
-from patchrank.search.scores import probabilities
 from patchrank.store.folder import Reject
 from patchrank.store.rankings import Rankings
 from patchrank.tokens import matching_rate

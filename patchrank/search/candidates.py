@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from patchrank.model.tower import Tower
+if TYPE_CHECKING:
+    from patchrank.model.tower import Tower
 
+Value = Callable[[Tensor, Tensor], Tensor]  # embeddings and rows of the batch, (c, E), (c,) -> (c, ...)
 CACHE_BYTES = 4 << 20  # that the widest activation of a chunk may take on a CPU
 
 
@@ -35,23 +38,23 @@ class Candidates:
         tokens: Tensor,
         image: Tensor,
         kept: Tensor | None = None,
-        then: Callable[[Tensor, Tensor], Tensor] = lambda embeddings, image: embeddings,
+        value: Value = lambda embeddings, image: embeddings,
     ) -> Tensor:
-        """Embeddings of candidates, or what `then` makes of a chunk of them.
+        """Embeddings of candidates, or what is read from them.
 
         Args:
             tokens: (B, p + N, D) from `Tower.prefix`.
             image: (C,), the row of `tokens` of each candidate.
             kept: (C, n) token ids, or None for whole images.
-            then: (c, E), (c,) -> (c, ...), for example scores; applied a chunk at a time, as class probabilities are
-                large.
+            value: (c, E), (c,) -> (c, ...), what is read from a chunk of embeddings: class probabilities of all
+                candidates at once would be large.
         """
         parts, start = [], 0
         while start < len(image):
             rows = slice(start, start + self.chunk)
             try:
                 embeddings = self.tower.suffix(tokens, None if kept is None else kept[rows], image[rows])
-                parts.append(then(embeddings, image[rows]))
+                parts.append(value(embeddings, image[rows]))
             except RuntimeError as error:
                 if not _out_of_memory(error) or self.chunk == 1:
                     raise
@@ -61,47 +64,47 @@ class Candidates:
         return torch.cat(parts)
 
     def measure(
-        self,
-        tokens: Tensor,
-        alive: Tensor,
-        wanted: Tensor,
-        then: Callable[[Tensor, Tensor], Tensor],
-        shared: bool,
+        self, tokens: Tensor, alive: Tensor, wanted: Tensor, value: Value, shared: bool = False
     ) -> tuple[Tensor, int]:
-        """What candidates say of tokens: the mean over the blocks that cover a token, less what has already left.
-
-        Single tokens, and whatever is measured while all tokens are there, make shapes that are known beforehand, so
-        nothing waits for the device. Larger blocks lose tokens unevenly: they are sorted by length, which does wait.
+        """What candidates tell about tokens: the mean over the blocks that cover a token, less what has already left.
 
         Args:
             tokens: (B, p + N, D).
             alive: (B, A), ids of the tokens that have not left, ascending.
             wanted: (B, M), ids of the tokens to measure, all alive.
-            then: (c, E), (c,) -> (c, q): what is measured of a candidate.
-            shared: whether a block's tokens share what was measured, or have it each.
+            value: (c, E), (c,) -> (c, q), as for `embed`: what a candidate tells about the tokens it is without.
+            shared: whether these tokens have equal shares of it (what adds up, such as a change of the embedding),
+                or each has all of it (such as a score).
 
         Returns:
             (B, M, q), and how many candidates that took.
         """
-        batch, images = len(tokens), torch.arange(len(tokens), device=tokens.device)
-        if self.block > 1 and alive.shape[1] < self.tower.num_tokens:
-            return self._measure_uneven(tokens, alive, wanted, then, shared)
-        # (B, P, N - r * r) or (B, M, A - 1)
-        kept = self.rest.expand(batch, -1, -1) if self.block > 1 else without_each(alive, wanted)
-        count = batch * kept.shape[1]
-        values = self.embed(tokens, images.repeat_interleave(kept.shape[1]), kept.flatten(0, 1), then)  # (C, q)
-        values = values.unflatten(0, (batch, -1))  # (B, P or M, q)
-        if self.block > 1:
-            cover = self.cover.double()
-            values = ((cover / cover.sum(dim=0)).T @ values.double()).to(values.dtype)  # (B, N, q)
-            values = values / self.block**2 if shared else values
-            values = values.gather(1, _like(wanted, values))  # (B, M, q)
-        return values, count
+        # The shapes of the first two are known beforehand, so nothing waits for the device. The third does wait.
+        if self.block == 1:
+            found = self._embed_each(tokens, without_each(alive, wanted), value)  # (B, M, q)
+            return found, found.shape[0] * found.shape[1]
+        if alive.shape[1] == self.tower.num_tokens:
+            return self._measure_whole_blocks(tokens, wanted, value, shared)
+        return self._measure_rest_of_blocks(tokens, alive, wanted, value, shared)
 
-    def _measure_uneven(
-        self, tokens: Tensor, alive: Tensor, wanted: Tensor, then: Callable[[Tensor, Tensor], Tensor], shared: bool
+    def _embed_each(self, tokens: Tensor, kept: Tensor, value: Value) -> Tensor:
+        """`embed` for as many candidates of every image: (B, M, n) token ids -> (B, M, ...)."""
+        batch, count = kept.shape[:2]
+        image = torch.arange(batch, device=tokens.device).repeat_interleave(count)  # (B * M,)
+        return self.embed(tokens, image, kept.flatten(0, 1), value).unflatten(0, (batch, -1))
+
+    def _measure_whole_blocks(self, tokens: Tensor, wanted: Tensor, value: Value, shared: bool) -> tuple[Tensor, int]:
+        """`measure` while all tokens are there."""
+        found = self._embed_each(tokens, self.rest.expand(len(tokens), -1, -1), value)  # (B, P, q)
+        cover = self.cover.double()
+        mean = ((cover / cover.sum(dim=0)).T @ found.double()).to(found.dtype)  # (B, N, q)
+        mean = mean / self.block**2 if shared else mean
+        return mean.gather(1, _like(wanted, mean)), found.shape[0] * found.shape[1]
+
+    def _measure_rest_of_blocks(
+        self, tokens: Tensor, alive: Tensor, wanted: Tensor, value: Value, shared: bool
     ) -> tuple[Tensor, int]:
-        """`measure` for blocks some of whose tokens have left."""
+        """`measure` for blocks some of whose tokens have left: they lose tokens unevenly, and go sorted by length."""
         there, needed = (
             torch.zeros(len(tokens), self.tower.num_tokens, dtype=torch.bool, device=tokens.device).scatter_(
                 1, ids, True
@@ -116,7 +119,7 @@ class Candidates:
         for size in sizes.unique().tolist():
             same = (sizes == size).nonzero()[:, 0]  # (c,)
             kept = stays[same].nonzero()[:, 1].view(len(same), size)  # (c, size), ascending token ids
-            found = self.embed(tokens, image[same], kept, then)  # (c, q)
+            found = self.embed(tokens, image[same], kept, value)  # (c, q)
             found = found / (alive.shape[1] - size) if shared else found
             values = found.new_empty(len(image), found.shape[1]) if values is None else values  # (C, q)
             values[same] = found

@@ -15,7 +15,8 @@ from benchmarks.precision import KEEP_RATES, RoundedProducts, judge
 from patchrank.data import shards
 from patchrank.model import loading
 from patchrank.model.tower import Tower
-from patchrank.search.searcher import SearchConfig, Searcher
+from patchrank.search.config import SearchConfig
+from patchrank.search.searcher import Searcher
 from patchrank.tokens import tokens_kept
 
 WEIGHTS, PHOTOS = os.environ.get("PATCHRANK_VIT_B16"), os.environ.get("PATCHRANK_PHOTOS")

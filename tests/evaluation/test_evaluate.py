@@ -37,8 +37,9 @@ from patchrank.pruning.predictor import PredictorConfig
 from patchrank.pruning.prompts import TokensConfig
 from patchrank.pruning.selector import Selector
 from patchrank.report import data as report_data
+from patchrank.search.config import SearchConfig
 from patchrank.search.ranker import ShardRanker
-from patchrank.search.searcher import SearchConfig, Searcher
+from patchrank.search.searcher import Searcher
 from patchrank.store import rankings
 from patchrank.store.folder import Folder, file_name
 

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patchrank.model.tower import Tower
 from patchrank.search import estimate
-from patchrank.search.searcher import SearchConfig, Searcher
+from patchrank.search.config import SearchConfig
+from patchrank.search.searcher import Searcher
 from patchrank.store import rankings
 from patchrank.store.folder import Folder
 

@@ -15,8 +15,9 @@ from torchvision.transforms.functional import to_tensor
 
 from patchrank.data.progress import Progress
 from patchrank.model.tower import Tower
+from patchrank.search.config import SearchConfig
 from patchrank.search.ranker import ShardRanker
-from patchrank.search.searcher import SearchConfig, Searcher
+from patchrank.search.searcher import Searcher
 
 
 @pytest.fixture

@@ -1,0 +1,104 @@
+"""What a search keeps of an image: the scores of its candidates. High means that the tokens left out can go.
+
+A score is a function of this file and a line in `SCORES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchrank.model import zero_shot
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The score of a search, bound to the images of a batch.
+
+    Attributes:
+        score: its name in `SCORES`.
+        whole: (B, E), embeddings of the whole images.
+        classes: (K, E), normalised class embeddings, or None where the score needs none.
+        logit_scale: the factor on cosines before the softmax over classes.
+        labels: (B,) int64 in 0 .. K-1, or None where the score needs none.
+
+    Raises:
+        ValueError: the score needs labels, and there are none.
+    """
+
+    score: str
+    whole: Tensor
+    classes: Tensor | None = None
+    logit_scale: float = 100.0
+    labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if SCORES[self.score].labels and self.labels is None:
+            raise ValueError(f"the score {self.score!r} needs labels")
+
+    @property
+    def width(self) -> int:
+        """The largest count of numbers that the score of one candidate is made of: class probabilities, or one."""
+        return len(self.classes) if SCORES[self.score].classes and self.classes is not None else 1
+
+    def score_minus_one(self, embeddings: Tensor, image: Tensor) -> Tensor:
+        """s - 1, for scores s: minus what is missing to 1.
+
+        Where a model is sure, a probability s is 1 to its last digit for one candidate as for another. What is missing
+        to 1, the probability of all other classes, still tells them apart.
+
+        Args:
+            embeddings: (C, E), of candidates.
+            image: (C,) int64, the row of the batch that each belongs to.
+
+        Returns:
+            (C,) float64, at most 0 but for rounding.
+        """
+        return SCORES[self.score].minus_one(self, embeddings, image)
+
+    def likely(self, embeddings: Tensor) -> Tensor:
+        """Class probabilities, (C, E) -> (C, K) float64."""
+        assert self.classes is not None  # `SearchConfig.check` has seen to it
+        return zero_shot.logits(embeddings, self.classes, self.logit_scale).double().softmax(dim=-1)
+
+
+def _preservation(batch: Objective, embeddings: Tensor, image: Tensor) -> Tensor:
+    """Of the cosine to the whole image's embedding."""
+    # A token of no use costs 2e-5 of cosine, float32 rounds at 6e-8: near ties would hang on the batch's size.
+    return F.cosine_similarity(embeddings.double(), batch.whole[image].double(), dim=-1) - 1
+
+
+def _confidence(batch: Objective, embeddings: Tensor, image: Tensor) -> Tensor:
+    """Of the largest class probability."""
+    likely = batch.likely(embeddings)  # (C, K)
+    return _minus_others(likely, likely.argmax(dim=-1))
+
+
+def _label(batch: Objective, embeddings: Tensor, image: Tensor) -> Tensor:
+    """Of the probability of the ground-truth class."""
+    assert batch.labels is not None
+    return _minus_others(batch.likely(embeddings), batch.labels[image])
+
+
+def _minus_others(likely: Tensor, label: Tensor) -> Tensor:
+    """A probability less 1, without rounding it to 1: minus that of all other classes, (C, K), (C,) -> (C,)."""
+    return -likely.scatter(1, label[:, None], 0).sum(dim=-1)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score: the function behind `Objective.score_minus_one`, and whether it needs classes and labels."""
+
+    minus_one: Callable[[Objective, Tensor, Tensor], Tensor]
+    classes: bool = False
+    labels: bool = False
+
+
+SCORES = {
+    "preservation": Score(_preservation),
+    "confidence": Score(_confidence, classes=True),
+    "label": Score(_label, classes=True, labels=True),
+}
