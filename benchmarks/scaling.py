@@ -35,7 +35,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks is no installed package
 from benchmarks.corpus import GRID, KEEP_RATES, drawn, uri
 from cluster.actor import Shared
-from cluster.places import connected
+from cluster.places import Machines, connected
 from cluster.pool import Pool
 from cluster.progress import ShardReport
 from cluster.rank import SearchSummary, work_through
@@ -158,7 +158,7 @@ def simulate(actors: int, seconds: float, processes: int) -> bool:
     uris = [uri(shard) for shard in range(actors * SHARDS_AN_ACTOR)]
     with tempfile.TemporaryDirectory(prefix="patchrank-") as scratch:
         folder = Folder(scratch).prepare({"grid": list(GRID), "keep_rates": list(KEEP_RATES)})
-        with connected("local", actors=None, cpus=None, gpus=0, shards=len(uris)):
+        with connected(Machines("local", gpus_per_actor=0), len(uris)):
             summary = SearchSummary(folder.uri, len(uris), 0)
             pool = Simulation(actors, processes)
             plan: Any = Sleep(folder, seconds, drawn(0, IMAGES))
@@ -207,7 +207,7 @@ def compare(images: int, rounds: int) -> bool:
     def through_ray(scratch: str) -> float:
         folder = Folder(scratch).prepare(settings)
         plan = Plan(folder, config, KEEP_RATES, None, 100.0, batch, None, images)
-        with connected("local", actors=1, cpus=cores, gpus=1 if gpu else 0, shards=len(uris)) as places:
+        with connected(Machines("local", 1, cores, 1 if gpu else 0), len(uris)) as places:
             shared = Shared(ray.put(copy.deepcopy(tower).to("cpu")), ray.put(model.preprocess()), places, MAX_PIXELS)
             pool = Pool(RankingActor, shared, 1, places.cpus, places.gpus)
             ends = []

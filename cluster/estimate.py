@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import ray
 
 from cluster.actor import Shared
-from cluster.class_source import usable
 from cluster.places import Places, connected
 from cluster.pool import Failed, Pool
 from cluster.rank import SearchJob, images_per_batch, settings
@@ -16,9 +15,11 @@ from cluster.ranking_actor import Plan, RankingActor, Timing
 from patchrank.data import shards
 from patchrank.errors import UserError
 from patchrank.model import loading
+from patchrank.model.class_source import FoundClasses
 from patchrank.model.tower import Tower
 from patchrank.search.estimate import bytes_per_image, multiply_adds
 from patchrank.search.searcher import Searcher
+from patchrank.store import storage
 from patchrank.store.folder import Folder
 
 SECONDS = 5.0  # of timing an actor
@@ -66,17 +67,17 @@ def estimate(job: SearchJob) -> Estimate:
         UserError: bad input, a folder of another search, or a sampled shard that cannot be read.
     """
     uris = shards.expand(job.shards)
-    model = loading.load(job.model, job.pretrained)
+    model = job.model.load()
     folder = Folder(job.out)
-    with usable(folder.uri):
+    with storage.usable(folder.uri):
         found = folder.read()
         done = folder.finished(uris) if found else set()
     todo = [uri for uri in uris if uri not in done]
-    flags = (job.address, job.actors, job.cpus_per_actor, job.gpus_per_actor)
-    with connected(*flags, shards=len(uris)) as places:
-        tower = Tower(model.visual, job.cut, loading.resolve_dtype(job.dtype, places.gpu), name=job.model)
+    with connected(job.machines, len(uris)) as places:
+        tower = Tower(model.visual, job.model.cut, loading.resolve_dtype(job.model.dtype, places.gpu), name=model.name)
         if found:  # classes apart, which would take time to make
-            folder.check_same(found["settings"] | {"classes": None}, settings(job, model, tower, None, None))
+            there = found["settings"] | {"classes": None}
+            folder.check_same(there, settings(job, model, tower, FoundClasses()))
         config = replace(job.config, score="preservation")
         searcher = Searcher(tower, config, keep_rates=job.keep_rates)
         actors = min(places.actors, len(todo))

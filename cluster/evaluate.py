@@ -15,21 +15,23 @@ import torch
 import torch.nn.functional as F
 
 from cluster.actor import OutputError, Shared
-from cluster.class_source import class_source, settle, usable
 from cluster.evaluation_actor import EvaluationActor, EvaluationPlan, LatencyPlan
-from cluster.places import connected
+from cluster.places import Machines, connected
 from cluster.pool import Failed, Pool
-from cluster.rank import Summary, model_settings, work_through
-from patchrank import __version__
+from cluster.prototypes import settle
+from cluster.rank import Summary, about, model_settings, work_through
 from patchrank.data import pairs, shards
 from patchrank.data.images import MAX_PIXELS
 from patchrank.errors import UserError
 from patchrank.evaluation import figures
 from patchrank.evaluation.evaluate import EvaluationConfig
-from patchrank.model import classes, loading
+from patchrank.evaluation.latency import Timing
+from patchrank.flags import at_least, flag, group
+from patchrank.model import class_source, loading
+from patchrank.model.class_source import ClassSource, FoundClasses
 from patchrank.model.classes import classes_of
 from patchrank.model.kinds import adapt
-from patchrank.model.loading import Model
+from patchrank.model.loading import Model, ModelSource
 from patchrank.model.tower import Tower
 from patchrank.pruning import methods
 from patchrank.pruning.bundle import Bundle
@@ -43,38 +45,61 @@ from patchrank.tokens import count_kept
 
 
 @dataclass(frozen=True)
-class EvaluationJob:
-    """Everything that `run` is told; the flags of jobs/evaluate.py."""
+class EvaluatedModel(ModelSource):
+    """A model whose cut is known to others."""
 
-    shards: Sequence[str] | None  # those of the rankings where None
-    out: str
-    model: str
-    pretrained: str | None = None
-    cut: int | None = None
-    dtype: str = "auto"
-    rankings: str | None = None
-    predictor: str | None = None
-    tokens: str | None = None
-    bundle: str | None = None
-    methods: Sequence[str] | None = None
-    keep_rates: Sequence[float] = (0.8, 0.7, 0.6, 0.5, 0.4)
-    match: int | None = None
-    held_out: float = 1.0
-    class_names: str | None = None
-    templates: Sequence[str] = ("photo",)
-    class_embeddings: str | None = None
-    prototypes: Sequence[str] = ()
-    limit: int | None = None
-    max_pixels: int = MAX_PIXELS
-    batch_sizes: Sequence[int] = (1, 8, 64)  # at which latency is measured; none skips it
-    timed_keep_rates: Sequence[float] = (0.6, 0.5)
-    timed_seconds: float = 5.0  # a batch size
-    save_bundle: str | None = None
-    address: str | None = None
-    actors: int | None = None
-    cpus_per_actor: int | None = None
-    gpus_per_actor: float | None = None
-    images_per_batch: int | None = None
+    cut: int | None = flag(None, "tokens leave before this block (that of the predictor or the rankings)", metavar="L")
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What is compared. Raises UserError for what does not go together."""
+
+    predictor: str | None = flag(None, "what jobs/train_predictor.py left", metavar="FOLDER")
+    tokens: str | None = flag(None, "what jobs/train_tokens.py left", metavar="FOLDER")
+    bundle: str | None = flag(None, "instead of both: a bundle's folder or id on the Hugging Face hub", metavar="NAME")
+    methods: Sequence[str] | None = flag(None, f"of {', '.join(METHODS)} (all that there is all for)", metavar="NAME")
+    keep_rates: Sequence[float] = flag((0.8, 0.7, 0.6, 0.5, 0.4), "shares that stay (%(default)s)")
+    match: int | None = flag(None, "tokens that the matching rate looks at (as many as stay)", metavar="M")
+    save_bundle: str | None = flag(None, "write what patchrank.prune needs here, with these figures", metavar="FOLDER")
+
+    def __post_init__(self) -> None:
+        if self.tokens and not self.predictor:
+            raise UserError("--tokens needs --predictor, which tells the tokens that stay")
+        if self.bundle and self.predictor:
+            raise UserError("--bundle and --predictor exclude each other: choose one")
+        if self.save_bundle and not (self.predictor or self.bundle):
+            raise UserError("--save-bundle needs --predictor: a bundle is what training left")
+        if self.save_bundle and "://" in self.save_bundle:
+            raise UserError(f"--save-bundle {self.save_bundle}: must be a folder of this machine")
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """Everything that `run` is told; the flags of jobs/evaluate.py. Raises UserError for what makes no sense."""
+
+    rankings: str | None = flag(
+        None,
+        "golden rankings of the images (test-rankings, unless --shards is given)",
+        group="images, model and output",
+        metavar="FOLDER",
+    )
+    shards: Sequence[str] = flag((), "as for jobs/search.py (all that the rankings name)", metavar="SHARDS")
+    out: str = flag("evaluation", "local, s3:// or gs:// (%(default)s)", metavar="FOLDER")
+    limit: int | None = flag(None, "only the first N samples of each shard (those of --rankings, or all)", metavar="N")
+    held_out: float = flag(1.0, "only images that such a training left out (all)", metavar="SHARE")
+    max_pixels: int = flag(MAX_PIXELS, "reject larger images (%(default)s)", metavar="N")
+    model: EvaluatedModel = group("images, model and output", EvaluatedModel)
+    pruning: Pruning = group("ways of pruning", Pruning)
+    classes: ClassSource = group("classes (those of the rankings)", ClassSource)
+    timing: Timing = group("time", Timing)
+    machines: Machines = group("machines", Machines)
+    images_per_batch: int | None = flag(None, "images an actor evaluates at a time")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "limit", "max_pixels", "images_per_batch")
+        if not 0 < self.held_out <= 1:
+            raise UserError(f"--held-out {self.held_out}: must be above 0 and at most 1")
 
 
 @dataclass
@@ -92,6 +117,7 @@ class _Setting:
     model: Model
     corpus: Rankings | None
     bundle: Bundle | None
+    classes: FoundClasses
     methods: list[str]
 
 
@@ -105,29 +131,25 @@ def run(job: EvaluationJob) -> EvaluationSummary:
         KeyboardInterrupt: Ctrl-C; every file in the folder is whole.
     """
     corpus = rankings.open(job.rankings) if job.rankings else None
-    if job.shards is not None:
+    if job.shards:
         uris = shards.expand(job.shards)
     elif corpus is not None:
         uris = corpus.shards()
     else:
         raise UserError("neither shards nor rankings, which name shards, are given")
-    prototypes = shards.expand(job.prototypes) if job.prototypes else []
-    names = classes.read_names(job.class_names) if job.class_names else None
-    model = loading.load(job.model, job.pretrained)
+    prototypes = shards.expand(job.classes.prototypes) if job.classes.prototypes else []
+    model = job.model.load()
     folder = Folder(job.out, "evaluation")
     if corpus is not None and job.limit is None:
         job = replace(job, limit=corpus.settings.get("limit"))
-    asks = bool(names or prototypes or job.class_embeddings)
-    if corpus is not None and not asks:
+    if corpus is not None and not job.classes.given:
         identity, known = classes_of(corpus)
-        names = corpus.class_names
+        classes = FoundClasses(identity, corpus.class_names, known)
     else:
-        identity, known = class_source(job, model, folder.uri, names, prototypes)
-        names = known.names if known else names if identity else None
-    flags = (job.address, job.actors, job.cpus_per_actor, job.gpus_per_actor)
-    with connected(*flags, shards=len(uris)) as places, usable(folder.uri):
-        found = _setting(job, model, corpus, loading.resolve_dtype(job.dtype, places.gpu))
-        folder.prepare(_settings(job, found, identity, names))
+        classes = class_source.find(job.classes, model, folder.uri, prototypes)
+    with connected(job.machines, len(uris)) as places, storage.usable(folder.uri):
+        found = _setting(job, model, corpus, classes, loading.resolve_dtype(job.model.dtype, places.gpu))
+        folder.prepare(_settings(job, found))
         done = folder.finished(uris)
         todo = [uri for uri in uris if uri not in done]
         summary = EvaluationSummary(folder.uri, len(uris), len(done))
@@ -136,20 +158,20 @@ def run(job: EvaluationJob) -> EvaluationSummary:
         size = min(places.actors, max(1, len(todo), len(prototypes)))
         pool = Pool(EvaluationActor, shared, size, places.cpus, places.gpus, (OutputError,), places.room)
         batch = job.images_per_batch or (64 if places.gpu else 8)
-        known = settle(pool, prototypes, folder.uri, identity, known, names, batch)
+        known = settle(pool, classes, folder.uri, batch)
         plan = EvaluationPlan(
             folder=folder,
             methods=tuple(found.methods),
             bundle=found.bundle,
             rankings=None if corpus is None else corpus.folder,
             config=EvaluationConfig(
-                keep_rates=tuple(job.keep_rates),
+                keep_rates=tuple(job.pruning.keep_rates),
                 classes=known.embeddings if known else None,
                 logit_scale=model.logit_scale,
                 images_per_batch=batch,
                 limit=job.limit,
                 held_out=job.held_out,
-                match=job.match,
+                match=job.pruning.match,
             ),
         )
         work_through(pool, "evaluate", folder, ray.put(plan), todo, summary, job.limit)
@@ -158,27 +180,30 @@ def run(job: EvaluationJob) -> EvaluationSummary:
         if not there:
             shard, reason = min(summary.failures.items())
             raise UserError(f"{shard}: {reason}" + ("; no other shard has a table either" if len(uris) > 1 else ""))
-        summary.content = _sum_up(job, found, names, uris, there, folder.uri, pool)
+        summary.content = _sum_up(job, found, uris, there, folder.uri, pool)
         figures.write(folder.uri, summary.content)
-    if job.save_bundle and found.bundle is not None:
+    save_bundle = job.pruning.save_bundle
+    if save_bundle and found.bundle is not None:
         own = [UNPRUNED, *(name for name, entry in METHODS.items() if Need.PREDICTOR in entry.needs)]
         rows = [row for row in summary.content["figures"] if row["method"] in own]
         try:
-            found.bundle.with_figures(rows).save_pretrained(job.save_bundle)
+            found.bundle.with_figures(rows).save_pretrained(save_bundle)
         except OSError as error:
-            raise UserError(f"--save-bundle {job.save_bundle}: {storage.one_line(error)}") from None
+            raise UserError(f"--save-bundle {save_bundle}: {storage.one_line(error)}") from None
     return summary
 
 
-def _setting(job: EvaluationJob, model: Model, corpus: Rankings | None, dtype: torch.dtype) -> _Setting:
+def _setting(
+    job: EvaluationJob, model: Model, corpus: Rankings | None, classes: FoundClasses, dtype: torch.dtype
+) -> _Setting:
     """Open what the job names. Raises UserError for what does not fit together, before anything is written."""
-    bundle = None
-    if job.bundle is not None:
-        bundle = Bundle.open(job.bundle)
+    bundle, pruning = None, job.pruning
+    if pruning.bundle is not None:
+        bundle = Bundle.open(pruning.bundle)
         bundle.check(model.visual)
-    elif job.predictor is not None:
-        bundle = Bundle.from_training(model, job.predictor, job.tokens)
-    cut = job.cut
+    elif pruning.predictor is not None:
+        bundle = Bundle.from_training(model, pruning.predictor, pruning.tokens)
+    cut = job.model.cut
     if cut is None and bundle is not None:
         cut = bundle.cut
     elif cut is None and corpus is not None:
@@ -188,42 +213,36 @@ def _setting(job: EvaluationJob, model: Model, corpus: Rankings | None, dtype: t
         raise UserError(f"--cut {tower.cut}: the predictor was trained for --cut {bundle.cut}")
     if corpus is not None:
         pairs.check(corpus, tower, model.weights)
-    if job.match is not None and not 0 < job.match <= tower.num_tokens:
-        raise UserError(f"--match {job.match}: must be 1 to {tower.num_tokens}")
-    for flag, rates in (("--keep-rates", job.keep_rates), ("--timed-keep-rates", job.timed_keep_rates)):
+    if pruning.match is not None and not 0 < pruning.match <= tower.num_tokens:
+        raise UserError(f"--match {pruning.match}: must be 1 to {tower.num_tokens}")
+    for name, rates in (("--keep-rates", pruning.keep_rates), ("--timed-keep-rates", job.timing.keep_rates)):
         for keep in rates:
-            count_kept(tower.num_tokens, keep, flag)
-    chosen = methods.choose(job.methods, methods.there_is(tower.cut, bundle, corpus is not None))
-    return _Setting(tower, model, corpus, bundle, chosen)
+            count_kept(tower.num_tokens, keep, name)
+    chosen = methods.choose(pruning.methods, methods.there_is(tower.cut, bundle, corpus is not None))
+    return _Setting(tower, model, corpus, bundle, classes, chosen)
 
 
-def _settings(job: EvaluationJob, found: _Setting, identity: str | None, names: list[str] | None) -> dict[str, Any]:
+def _settings(job: EvaluationJob, found: _Setting) -> dict[str, Any]:
     """What decides the tables, and under "about" what does not."""
     model, tower, corpus = found.model, found.tower, found.corpus
     return {
         "model": model_settings(model, tower),
         "grid": list(tower.grid),
         "methods": found.methods,
-        "keep_rates": list(job.keep_rates),
-        "classes": identity,
+        "keep_rates": list(job.pruning.keep_rates),
+        "classes": found.classes.identity,
         "rankings": None if corpus is None else corpus.fingerprint,
         "bundle": None if found.bundle is None else loading.digest(found.bundle.state_dict()),
         "limit": job.limit,
         "held_out": job.held_out,
-        "match": job.match,
+        "match": job.pruning.match,
         "max_pixels": job.max_pixels,
-        "about": {"model": job.model, "pretrained": job.pretrained, "class_names": names, "patchrank": __version__},
+        "about": about(model, job.model.pretrained, found.classes),
     }
 
 
 def _sum_up(
-    job: EvaluationJob,
-    found: _Setting,
-    names: list[str] | None,
-    uris: list[str],
-    there: list[str],
-    folder: str,
-    pool: Pool,
+    job: EvaluationJob, found: _Setting, uris: list[str], there: list[str], folder: str, pool: Pool
 ) -> dict[str, Any]:
     """The content of figures.json: of the job's shards alone, whatever others have tables in the folder."""
     tower, model = found.tower, found.model
@@ -243,21 +262,21 @@ def _sum_up(
 
     return {
         "model": {
-            "name": job.model,
-            "pretrained": job.pretrained,
+            "name": model.name,
+            "pretrained": job.model.pretrained,
             "weights": model.weights,
             "cut": tower.cut,
             "grid": list(tower.grid),
             "dtype": loading.dtype_name(tower.dtype),
             "preprocess": dict(model.visual.preprocess_cfg),
         },
-        "class_names": names,
+        "class_names": found.classes.names,
         "shards": uris,
         "rankings": None if found.corpus is None else found.corpus.folder,
         "device": device,
         "images": rows[0]["images"],
         "figures": rows,
-        "classes": figures.by_class(folder, there, names),
+        "classes": figures.by_class(folder, there, found.classes.names),
         "latency": latency,
         "retrieval": figures.retrieval(folder, there, encode) if model.has_text else [],
     }
@@ -286,9 +305,7 @@ def _latency(job: EvaluationJob, found: _Setting, pool: Pool, cost: _Costs) -> t
     plan = LatencyPlan(
         methods=tuple(name for name in found.methods if METHODS[name].timed),
         bundle=found.bundle,
-        keep_rates=tuple(job.timed_keep_rates),
-        batch_sizes=tuple(job.batch_sizes),
-        seconds=job.timed_seconds,
+        timing=job.timing,
     )
     for _, result in pool.run("latency", ["latency"], plan):
         if isinstance(result, Failed):

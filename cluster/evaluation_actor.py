@@ -15,6 +15,7 @@ from patchrank.data.progress import Progress
 from patchrank.data.shard_job import ShardResult
 from patchrank.evaluation import latency
 from patchrank.evaluation.evaluate import EvaluationConfig, ShardEvaluator
+from patchrank.evaluation.latency import Timing
 from patchrank.model.kinds import adapt
 from patchrank.pruning import methods
 from patchrank.pruning.bundle import Bundle
@@ -41,9 +42,7 @@ class LatencyPlan:
 
     methods: tuple[str, ...]
     bundle: Bundle | None
-    keep_rates: tuple[float, ...]
-    batch_sizes: tuple[int, ...]
-    seconds: float
+    timing: Timing
 
 
 class EvaluationActor(TowerActor):
@@ -78,14 +77,14 @@ class EvaluationActor(TowerActor):
         adapt(visual).unprepare()
         towers: dict[tuple[str, float], nn.Module] = {(UNPRUNED, 1.0): visual}
         for name in plan.methods:
-            for keep in plan.keep_rates:
+            for keep in plan.timing.keep_rates:
                 made = pruned_tower(name, visual, tower.cut, keep, plan.bundle)
                 towers[name, keep] = made.to(tower.device).eval()
         names = {f"{name} {keep}": (name, keep) for name, keep in towers}
         rows: list[dict[str, Any]] = []
-        for batch in plan.batch_sizes:
+        for batch in plan.timing.batch_sizes:
             images = torch.randn(batch, 3, *visual.image_size, device=tower.device, dtype=tower.dtype)
-            timed = latency.measure({name: towers[names[name]] for name in names}, images, plan.seconds)
+            timed = latency.measure({name: towers[names[name]] for name in names}, images, plan.timing.seconds)
             for one in timed[1:]:
                 method, keep = names[one.name]
                 rows.append(

@@ -13,7 +13,32 @@ import ray
 from ray._private import ray_constants
 
 from patchrank.errors import UserError
+from patchrank.flags import at_least, flag
 from patchrank.store.storage import one_line
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Which Ray to work on and with how many actors, as far as users say. Raises UserError for what makes no sense.
+
+    Attributes:
+        address: "auto", HOST:PORT or ray://HOST:PORT; where None that in RAY_ADDRESS, which `ray job submit` sets.
+            Without either, or with "local", a Ray is started here, and ends with us.
+        actors: how many are wanted; as many as there is room for where None.
+        cpus_per_actor: where None 1 beside a GPU, else the cores are shared out.
+        gpus_per_actor: where None 1 if the cluster has any, which nobody knows before a machine of it is up.
+    """
+
+    address: str | None = flag(None, "Ray cluster to join: auto or HOST:PORT (RAY_ADDRESS, else a local Ray)")
+    actors: int | None = flag(None, "actors to start (one a GPU, or as many as the cores allow)")
+    cpus_per_actor: int | None = flag(None, "cores of an actor")
+    gpus_per_actor: float | None = flag(None, "GPUs of an actor, 0 for none (1 if the cluster has any)")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "actors", "cpus_per_actor")
+        gpus = self.gpus_per_actor
+        if gpus and not 0.0001 <= gpus <= 1:  # Ray knows no smaller part
+            raise UserError(f"--gpus-per-actor {gpus}: must be 0, or 0.0001 to 1: an actor works on one GPU")
 
 
 @dataclass(frozen=True)
@@ -44,29 +69,24 @@ class Places:
 
 
 @contextlib.contextmanager
-def connected(
-    address: str | None, actors: int | None, cpus: int | None, gpus: float | None, shards: int | None
-) -> Iterator[Places]:
+def connected(machines: Machines, shards: int = 1, *, together: bool = False) -> Iterator[Places]:
     """Connect to Ray: a local Ray of our own, or the cluster at an address.
 
     Args:
-        address: "auto", HOST:PORT or ray://HOST:PORT; where None that in RAY_ADDRESS, which `ray job submit` sets.
-            Without either, or with "local", a Ray is started here, and ends with us.
-        actors: how many are wanted; as many as there is room for where None.
-        cpus: cores of an actor; where None 1 beside a GPU, else the cores are shared out among the shards.
-        gpus: GPUs of an actor; where None 1 if the cluster has any, which nobody knows before a machine of it is up.
-        shards: of the whole job; None where all actors work together on one thing, and none begins without the others.
-            Then cores are shared out among the machines where neither `actors` nor `cpus` is given.
+        shards: of the whole job, among which the cores are shared out.
+        together: all actors work on one thing, and none begins without the others. Then the cores are shared out among
+            the machines where neither actors nor their cores are given.
 
     Raises:
         UserError: no Ray at the address, none that can be started, no machine up that tells whether there are GPUs, or
             no room in our own for such an actor, or for all of them where they work together.
     """
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    address = machines.address or os.environ.get("RAY_ADDRESS") or "local"
+    actors, cpus = machines.actors, machines.cpus_per_actor
     _connect(address, (actors or 1) * (cpus or 1) if actors or cpus else None)
     try:
-        places, room = _places(actors, cpus, gpus, shards)
-        needed = 1 if shards is not None else places.actors
+        places, room = _places(machines, shards, together)
+        needed = places.actors if together else 1
         wanted = f"{needed} actors, each of {places}" if needed > 1 else f"an actor of {places}"
         found = f", only for {room}" if room else ""
         if room < needed and address == "local":
@@ -102,8 +122,9 @@ def _connect(address: str, cores_wanted: int | None) -> None:
         raise UserError(f"--address {address}: no Ray to join there ({reason})") from None
 
 
-def _places(actors: int | None, cpus: int | None, gpus: float | None, shards: int | None) -> tuple[Places, int]:
+def _places(machines: Machines, shards: int, together: bool) -> tuple[Places, int]:
     """What actors take, and how many of them the cluster has room for now."""
+    actors, cpus, gpus = machines.actors, machines.cpus_per_actor, machines.gpus_per_actor
     nodes = _nodes()
     if gpus is None:
         if not any(node.get("CPU", 0) for node in nodes):
@@ -116,7 +137,7 @@ def _places(actors: int | None, cpus: int | None, gpus: float | None, shards: in
         cpus = 1
         if not gpus:  # few shards get more cores each, the same in a run that goes on: it has as many shards
             cores = [int(node["CPU"]) for node in nodes if node.get("CPU")]
-            shares = (actors or len(cores)) if shards is None else max(shards, actors or 1)
+            shares = (actors or len(cores)) if together else max(shards, actors or 1)
             cpus = max(1, min(max(cores, default=1), sum(cores) // max(1, shares)))
             while cpus > 1 and sum(_fit(node, cpus, gpus) for node in nodes) < (actors or shares):
                 cpus -= 1  # what is left over on one node is of no use to an actor on another

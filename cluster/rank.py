@@ -11,47 +11,45 @@ from typing import Any
 import ray
 
 from cluster.actor import OutputError, Shared
-from cluster.class_source import class_source, settle, usable
-from cluster.places import Places, connected
+from cluster.places import Machines, Places, connected
 from cluster.pool import Failed, Pool
 from cluster.progress import Meter, ShardReport
+from cluster.prototypes import settle
 from cluster.ranking_actor import Plan, RankingActor
 from patchrank import __version__
 from patchrank.data import shards
 from patchrank.data.images import MAX_PIXELS
 from patchrank.errors import UserError
-from patchrank.model import classes, loading
-from patchrank.model.loading import Model
+from patchrank.flags import at_least, flag, group
+from patchrank.model import class_source, loading
+from patchrank.model.class_source import ClassSource, FoundClasses
+from patchrank.model.loading import Model, ModelSource
 from patchrank.model.tower import Tower
 from patchrank.search.config import SearchConfig
-from patchrank.store import status
+from patchrank.store import status, storage
 from patchrank.store.folder import Folder
 
 
 @dataclass(frozen=True)
 class SearchJob:
-    """Everything that `search` is told; the flags of jobs/search.py."""
+    """Everything that `search` is told; the flags of jobs/search.py. Raises UserError for what makes no sense."""
 
-    shards: Sequence[str]
-    out: str
-    model: str
-    pretrained: str | None = None
-    cut: int | None = None
-    dtype: str = "auto"
-    config: SearchConfig = field(default_factory=SearchConfig)
-    keep_rates: Sequence[float] = (0.8, 0.7, 0.6, 0.5, 0.4)
-    class_names: str | None = None
-    templates: Sequence[str] = ("photo",)
-    class_embeddings: str | None = None
-    prototypes: Sequence[str] = ()
-    limit: int | None = None
-    max_pixels: int = MAX_PIXELS
-    address: str | None = None
-    actors: int | None = None
-    cpus_per_actor: int | None = None
-    gpus_per_actor: float | None = None
-    images_per_batch: int | None = None
-    candidates_per_batch: int | None = None
+    shards: Sequence[str] = flag(
+        (), "WebDataset tars: path, {000..123}, glob, folder or list file", group="input and output", metavar="SHARDS"
+    )
+    out: str = flag("rankings", "folder of rankings, local, s3:// or gs:// (%(default)s)", metavar="FOLDER")
+    limit: int | None = flag(None, "rank only the first N samples of each shard", metavar="N")
+    max_pixels: int = flag(MAX_PIXELS, "reject larger images (%(default)s)", metavar="N")
+    model: ModelSource = group("model", ModelSource)
+    classes: ClassSource = group("classes, for predictions and for the scores 'label' and 'confidence'", ClassSource)
+    config: SearchConfig = group("search", SearchConfig)
+    keep_rates: Sequence[float] = flag((0.8, 0.7, 0.6, 0.5, 0.4), "to predict at (%(default)s)", nargs="*")
+    machines: Machines = group("machines", Machines)
+    images_per_batch: int | None = flag(None, "images an actor searches at a time")
+    candidates_per_batch: int | None = flag(None, "candidates in a forward pass; halved when memory runs out")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "limit", "max_pixels", "images_per_batch", "candidates_per_batch")
 
 
 @dataclass
@@ -99,17 +97,14 @@ def search(job: SearchJob) -> SearchSummary:
         KeyboardInterrupt: Ctrl-C; every file in the folder is whole.
     """
     uris = shards.expand(job.shards)
-    prototypes = shards.expand(job.prototypes) if job.prototypes else []
-    names = classes.read_names(job.class_names) if job.class_names else None
-    model = loading.load(job.model, job.pretrained)
+    prototypes = shards.expand(job.classes.prototypes) if job.classes.prototypes else []
+    model = job.model.load()
     folder = Folder(job.out)
-    identity, known = class_source(job, model, folder.uri, names, prototypes)
-    names = known.names if known else names if identity else None
-    flags = (job.address, job.actors, job.cpus_per_actor, job.gpus_per_actor)
-    with connected(*flags, shards=len(uris)) as places, usable(folder.uri):
-        tower = Tower(model.visual, job.cut, loading.resolve_dtype(job.dtype, places.gpu), name=job.model)
-        job.config.check(tower.grid, job.keep_rates, classes=identity is not None)  # before anything is written
-        folder.prepare(settings(job, model, tower, identity, names))
+    classes = class_source.find(job.classes, model, folder.uri, prototypes)
+    with connected(job.machines, len(uris)) as places, storage.usable(folder.uri):
+        tower = Tower(model.visual, job.model.cut, loading.resolve_dtype(job.model.dtype, places.gpu), name=model.name)
+        job.config.check(tower.grid, job.keep_rates, classes=classes.identity is not None)  # before anything is written
+        folder.prepare(settings(job, model, tower, classes))
         done = folder.finished(uris)
         status.write_shards(folder.uri, uris)
         todo = [uri for uri in uris if uri not in done]
@@ -121,7 +116,7 @@ def search(job: SearchJob) -> SearchSummary:
         size = min(places.actors, max(len(todo), len(prototypes)))
         at_once = 2 if places.gpu else 1  # a CPU decodes with the very cores that search
         pool = Pool(RankingActor, shared, size, places.cpus, places.gpus, (OutputError,), places.room, at_once=at_once)
-        known = settle(pool, prototypes, folder.uri, identity, known, names, images_per_batch(job, places))
+        known = settle(pool, classes, folder.uri, images_per_batch(job, places))
         plan = Plan(
             folder=folder,
             config=job.config,
@@ -183,19 +178,27 @@ def work_through(
         summary.failures[uri] = "was ranked, but its table has since been taken out of the folder"
 
 
-def settings(
-    job: SearchJob, model: Model, tower: Tower, identity: str | None, names: list[str] | None
-) -> dict[str, Any]:
+def settings(job: SearchJob, model: Model, tower: Tower, classes: FoundClasses) -> dict[str, Any]:
     """What decides the rankings, and under "about" what does not."""
     return {
         "model": model_settings(model, tower),
         "grid": list(tower.grid),
         "search": asdict(job.config),
         "keep_rates": list(job.keep_rates),
-        "classes": identity,
+        "classes": classes.identity,
         "limit": job.limit,
         "max_pixels": job.max_pixels,
-        "about": {"model": job.model, "pretrained": job.pretrained, "class_names": names, "patchrank": __version__},
+        "about": about(model, job.model.pretrained, classes),
+    }
+
+
+def about(model: Model, pretrained: str | None, classes: FoundClasses) -> dict[str, Any]:
+    """What decides no table, for readers of a folder."""
+    return {
+        "model": model.name,
+        "pretrained": pretrained,
+        "class_names": classes.names,
+        "patchrank": __version__,
     }
 
 

@@ -17,16 +17,17 @@ import os
 import signal
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.places import connected
+from cluster.places import Machines, connected
 from cluster.training_progress import Board, StepMeter
 from cluster.training_worker import Plan, Task, work
 from patchrank.errors import UserError
+from patchrank.flags import at_least, flag, group
 from patchrank.store import storage
 from patchrank.store.folder import Folder
 from patchrank.training import configuration, outcome
@@ -36,22 +37,44 @@ POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """How to train, whatever it is; the flags that all training jobs share."""
+class Workers(Machines):
+    """The machines of a training, whose actors train together."""
 
-    out: str
-    epochs: float = 10.0
-    batch: int = 64  # samples a worker takes in at a time
-    accumulate: int = 1  # batches of each worker in a step
-    learning_rate: float = 1e-3
-    seed: int = 0
-    deepspeed: str | None = None  # JSON file; patchrank/training/deepspeed.json where None
-    checkpoints: int = 5  # in the course of the training, each with the figures of that moment
-    max_failures: int = 3  # how often lost workers are replaced
-    address: str | None = None
-    workers: int | None = None
-    cpus_per_worker: int | None = None
-    gpus_per_worker: float | None = None
+    actors: int | None = flag(
+        None,
+        "processes that train together (as before; at first one a GPU, else one a machine)",
+        name="workers",
+    )
+    cpus_per_actor: int | None = flag(None, "cores of a worker", name="cpus-per-worker")
+    gpus_per_actor: float | None = flag(None, "1, or 0 for none (1 if the cluster has any)", name="gpus-per-worker")
+
+    def __post_init__(self) -> None:
+        if self.gpus_per_actor not in (None, 0, 1):  # DeepSpeed puts a process on one GPU of its own
+            raise UserError(f"--gpus-per-worker {self.gpus_per_actor:g}: must be 0 or 1")
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train, whatever it is; flags that all training jobs share. Raises UserError for what makes no sense."""
+
+    out: str = flag(help="local, s3:// or gs:// (%(default)s)", group="training", metavar="FOLDER")
+    epochs: float = flag(10.0, "times that the images are gone over (%(default)g)")
+    batch: int = flag(64, "images that a worker takes in at a time (%(default)s)")
+    accumulate: int = flag(1, "batches a worker and step (%(default)s)")
+    learning_rate: float = flag(1e-3, "the highest (%(default)g)")
+    seed: int = flag(0, "(%(default)s)")
+    deepspeed: str | None = flag(None, "DeepSpeed's configuration (patchrank/training/deepspeed.json)", metavar="FILE")
+    checkpoints: int = flag(5, "in the course of it (%(default)s)")  # each with the figures of that moment
+    max_failures: int = flag(3, "times to replace lost workers (%(default)s)")
+    machines: Workers = group("machines", Workers)
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "batch", "accumulate", "checkpoints")
+        at_least(self, 0, "max_failures")
+        for name in ("epochs", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
 
 
 @dataclass(frozen=True)
@@ -81,15 +104,15 @@ def train(task: Task, config: TrainingConfig) -> TrainingSummary:
         UserError: bad input; a folder of another training; a loss that is not finite.
         KeyboardInterrupt: Ctrl-C; the last checkpoint is kept.
     """
-    _check(config)
     folder = Folder(config.out, "training")
     deepspeed = configuration.read(config.deepspeed)
     task.steps_per_epoch(1)  # refuses what cannot be trained on, before Ray is started
     with folder.usable():
         found = folder.read()
     # A training that goes on has as many workers as before, whatever machines are up by now.
-    workers = config.workers or (found["settings"]["workers"] if found else None)
-    with connected(config.address, workers, config.cpus_per_worker, config.gpus_per_worker, shards=None) as places:
+    workers = config.machines.actors or (found["settings"]["workers"] if found else None)
+    machines = replace(config.machines, actors=workers)
+    with connected(machines, together=True) as places:
         steps = max(1, round(config.epochs * task.steps_per_epoch(config.batch * config.accumulate * places.actors)))
         settings = {
             "task": task.settings(),
@@ -131,20 +154,6 @@ def train(task: Task, config: TrainingConfig) -> TrainingSummary:
             resumed = _fit(plan, config.max_failures, task.name)
         before, after = outcome.read(folder.uri) or ({}, {})
         return TrainingSummary(folder.uri, steps, resumed, time.monotonic() - start, before, after)
-
-
-def _check(config: TrainingConfig) -> None:
-    for name in ("batch", "accumulate", "checkpoints", "workers", "cpus_per_worker"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    for name in ("epochs", "learning_rate"):
-        if not getattr(config, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0")
-    if config.max_failures < 0:
-        raise UserError(f"--max-failures {config.max_failures}: must be at least 0")
-    if config.gpus_per_worker not in (None, 0, 1):  # DeepSpeed puts a process on one GPU of its own
-        raise UserError(f"--gpus-per-worker {config.gpus_per_worker:g}: must be 0 or 1")
 
 
 def _fit(plan: Plan, max_failures: int, title: str) -> int:

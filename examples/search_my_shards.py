@@ -14,6 +14,7 @@ from pathlib import Path
 from cluster.rank import SearchJob, search
 from patchrank import assets
 from patchrank.errors import run
+from patchrank.model.loading import ModelSource
 from patchrank.store import rankings
 
 JOBS = Path(__file__).parent.parent / "jobs"
@@ -32,7 +33,8 @@ def main() -> int:
         shards, limit = list(assets.TEST_SHARDS), 8
 
     # What jobs/search.py does: actors on every GPU or core, a Parquet file a shard, resumable.
-    summary = search(SearchJob(shards, out=str(folder / "rankings"), model=assets.MODEL, limit=limit))
+    job = SearchJob(shards, out=str(folder / "rankings"), model=ModelSource(assets.MODEL), limit=limit)
+    summary = search(job)
     for shard, reason in summary.failures.items():
         print(f"error: {shard}: {reason}", file=sys.stderr)
     print(f"{summary.total('images')} images ranked in {summary.seconds:.0f} s")

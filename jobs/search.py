@@ -12,101 +12,46 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
-from cluster import job_flags
 from cluster.estimate import Estimate, estimate
 from cluster.rank import SearchJob, SearchSummary, search
-from patchrank import assets
+from patchrank import assets, flags
 from patchrank.errors import UserError, run
-from patchrank.search.config import STRATEGIES, SearchConfig
-from patchrank.search.objective import SCORES
+from patchrank.flags import flag
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags, with the defaults of `SearchJob` and `SearchConfig`."""
-    result = argparse.ArgumentParser(
-        prog="jobs/search.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+@dataclass(frozen=True)
+class Only:
+    """What is done instead of a search."""
+
+    estimate: bool = flag(
+        False, "tell what it would cost, from some seconds of timing; write nothing", group="input and output"
     )
-    add = result.add_argument_group("input and output").add_argument
-    add("--shards", nargs="+", metavar="SHARDS", help="WebDataset tars: path, {000..123}, glob, folder or list file")
-    add("--out", default="rankings", metavar="FOLDER", help="folder of rankings, local, s3:// or gs:// (%(default)s)")
-    add("--limit", type=int, metavar="N", help="rank only the first N samples of each shard")
-    add("--max-pixels", type=int, default=SearchJob.max_pixels, metavar="N", help="reject larger images (%(default)s)")
-    add("--estimate", action="store_true", help="tell what it would cost, from some seconds of timing; write nothing")
 
-    add = result.add_argument_group("model").add_argument
-    add("--model", metavar="NAME", help="open_clip name, hf-hub:ORG/REPO, local-dir:FOLDER or embedded")
-    add("--pretrained", metavar="TAG", help="open_clip tag or weights file, which may hold the image tower alone")
-    add("--cut", type=int, metavar="L", help="tokens leave before this block, counted from 0 (a quarter of the depth)")
-    add("--dtype", default=SearchJob.dtype, help="auto, float32, bfloat16 or float16 (%(default)s)")
 
-    job_flags.add_classes(result, "classes, for predictions and for the scores 'label' and 'confidence'")
-
-    default = SearchConfig()
-    add = result.add_argument_group("search").add_argument
-    add("--score", default=default.score, help=f"what a ranking keeps: {', '.join(SCORES)} (%(default)s)")
-    add("--keep", type=float, default=default.keep, help="search until this share of tokens is left (%(default)s)")
-    add("--steps", type=int, help="search at most so many steps; 1 is the one-shot search")
-    add("--remove-per-step", type=int, default=default.remove_per_step, help="tokens that leave a step (%(default)s)")
-    add("--block", type=int, default=default.block, help="side of the sliding blocks, in tokens (%(default)s)")
-    add("--rescore", default=default.rescore, help="times remove-per-step tokens scored again, or 'all' (%(default)s)")
-    rank_by = ", ".join(STRATEGIES)
-    add("--rank-by", default=default.rank_by, help=f"how scores become a ranking: {rank_by} (%(default)s)")
-    add("--proposals", type=int, default=default.proposals, help="by effects: sets that a step tries (%(default)s)")
-    add("--keep-rates", type=float, nargs="*", default=list(SearchJob.keep_rates), help="to predict at (%(default)s)")
-
-    add = job_flags.add_machines(result, "searches").add_argument
-    add("--candidates-per-batch", type=int, help="candidates in a forward pass; halved when memory runs out")
-    return result
+def parser(prog: str = "jobs/search.py") -> argparse.ArgumentParser:
+    """The flags of `SearchJob`."""
+    return flags.parser(prog, __doc__, SearchJob, Only)
 
 
 def job(args: argparse.Namespace) -> SearchJob:
-    """The job that the flags describe. Raises UserError for flags that do not go together."""
-    embedded = args.model == "embedded"
-    if args.shards and not args.model:
+    """The job that the flags describe, by default on what is embedded. Raises UserError for what does not fit."""
+    found = flags.read(SearchJob, args)
+    model, classes = found.model, found.classes
+    if found.shards and not model.name:
         raise UserError("--shards needs --model: an open_clip name, or embedded for the model in this project")
-    if args.model and not args.shards:
+    if model.name and not found.shards:
         raise UserError("--model needs --shards: which images should it rank?")
-    if args.pretrained and (embedded or not args.model):
-        raise UserError("--pretrained needs --model, an open_clip name")
-    job_flags.check_machines(args, ("limit", "max_pixels", "candidates_per_batch"))
-    try:
-        rescore = None if args.rescore == "all" else int(args.rescore)
-    except ValueError:
-        raise UserError(f"--rescore {args.rescore}: must be a number or 'all'") from None
-    own_classes = args.classes or args.class_embeddings or args.prototypes or (args.model and not embedded)
-    return SearchJob(
-        shards=args.shards or assets.TRAIN_SHARDS,
-        out=args.out,
-        model=assets.MODEL if embedded or not args.model else args.model,
-        pretrained=args.pretrained,
-        cut=args.cut,
-        dtype=args.dtype,
-        config=SearchConfig(
-            args.score,
-            args.keep,
-            args.steps,
-            args.remove_per_step,
-            args.block,
-            rescore,
-            args.rank_by,
-            args.proposals,
-        ),
-        keep_rates=args.keep_rates,
-        class_names=args.classes if own_classes else str(assets.CLASSNAMES),
-        templates=args.templates,
-        class_embeddings=args.class_embeddings,
-        prototypes=args.prototypes,
-        limit=args.limit,
-        max_pixels=args.max_pixels,
-        address=args.address,
-        actors=args.actors,
-        cpus_per_actor=args.cpus_per_actor,
-        gpus_per_actor=args.gpus_per_actor,
-        images_per_batch=args.images_per_batch,
-        candidates_per_batch=args.candidates_per_batch,
+    if model.name not in (None, "embedded"):
+        return found
+    return replace(
+        found,
+        shards=found.shards or assets.TRAIN_SHARDS,
+        model=replace(model, name=assets.MODEL),
+        classes=classes if classes.given else replace(classes, class_names=str(assets.CLASSNAMES)),
     )
 
 
@@ -151,9 +96,9 @@ def show_estimate(found: Estimate) -> None:
     print(f"disk          {found.bytes / 1e6:.1f} MB of Parquet at most")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "jobs/search.py") -> int:
     """Parse, search or estimate, print; 1 where a shard failed."""
-    args = parser().parse_args(argv)
+    args = parser(prog).parse_args(argv)
     parsed = job(args)
     if args.estimate:
         show_estimate(estimate(parsed))

@@ -10,53 +10,31 @@ Stopped at any time, the same command goes on from the last checkpoint.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from cluster import training_flags
-from cluster.train import TrainingConfig, train
+from cluster.train import TrainingConfig
+from jobs import training
+from patchrank import flags
 from patchrank.errors import run
-from patchrank.model import artifacts
-from patchrank.pruning.predictor import LOSSES, NAME, TARGETS, PredictorConfig
-from patchrank.training.tasks import PredictorTask
+from patchrank.pruning.predictor import NAME, PredictorConfig
+from patchrank.training.tasks import ImageSource, PredictorTask
+
+DEFAULT = TrainingConfig("predictor", epochs=10, batch=64, learning_rate=3e-3)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = "jobs/train_predictor.py") -> argparse.ArgumentParser:
     """The flags."""
-    result = argparse.ArgumentParser(
-        prog="jobs/train_predictor.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    training_flags.add_images(result)
-    add = result.add_argument_group("predictor").add_argument
-    add("--loss", default="bce", help=f"{', '.join(LOSSES)} (%(default)s)")
-    add("--target", help=f"what it learns, {' or '.join(TARGETS)} (score after the paper's search, else rank)")
-    add("--width", type=int, default=64, help="channels are projected to this first; 0 mixes all (%(default)s)")
-    add("--expansion", type=float, default=2.0, help="hidden width as a multiple of the input (%(default)g)")
-    add("--no-class-token", action="store_true", help="leave the class token out of its input")
-    add("--keep", type=float, default=0.5, help="keep rate at which it is measured (%(default)s)")
-    training_flags.add_training(result, TrainingConfig("predictor", epochs=10, batch=64, learning_rate=3e-3))
-    return result
+    return flags.parser(prog, __doc__, ImageSource, PredictorTask, PredictorConfig, DEFAULT)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "jobs/train_predictor.py") -> int:
     """Parse, train, print."""
-    args = parser().parse_args(argv)
-    images, _ = training_flags.images(args)
+    args = parser(prog).parse_args(argv)
+    config, source = flags.read(TrainingConfig, args), flags.read(ImageSource, args)
+    images, _ = training.opened(source, config.seed)
     tower = images.tower
-    shape = PredictorConfig(tower.grid, tower.width, args.width or None, args.expansion, not args.no_class_token)
-    search = images.pairs.corpus.settings["search"]
-    # The scores of other searches are of different steps, and cannot be compared with each other; probabilities are 1,
-    # as the tables keep them, where the model is sure.
-    comparable = search["steps"] == 1 and search["rank_by"] == "scores" and search["score"] == "preservation"
-    task = PredictorTask(images, shape, args.loss, args.target or ("score" if comparable else "rank"), args.keep)
-    try:
-        summary = train(task, training_flags.config(args))
-    except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from the last checkpoint in {args.out}", file=sys.stderr)
-        raise
-    _, record = artifacts.load(summary.folder, NAME)
-    training_flags.show(summary, record)
-    print(f"predictor     {summary.folder}")
+    shape = flags.read(PredictorConfig, args, grid=tower.grid, input_width=tower.width)
+    training.trained(flags.read(PredictorTask, args, images=images, config=shape), config, NAME)
     print(f"next          python jobs/train_tokens.py --rankings {args.rankings} --predictor {args.out} --keep 0.6")
     return 0
 

@@ -150,8 +150,8 @@ def test_weights_that_are_a_program_are_not_run(tmp_path, how, name):
 
 LISTENING = """
 import psutil, ray
-from cluster.places import connected
-with connected("local", actors=1, cpus=1, gpus=0, shards=1):
+from cluster.places import Machines, connected
+with connected(Machines("local", 1, 1, 0)):
     ray.get(ray.remote(num_cpus=1)(lambda: None).remote())
     here = psutil.Process()
     for process in [here, *here.children(recursive=True)]:

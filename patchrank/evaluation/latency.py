@@ -5,13 +5,28 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from patchrank import clock
+from patchrank.errors import UserError
+from patchrank.flags import flag
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What is timed, and for how long. Raises UserError for what makes no sense."""
+
+    batch_sizes: Sequence[int] = flag((1, 8, 64), "to time (%(default)s)", nargs="*")  # none skips it
+    keep_rates: Sequence[float] = flag((0.6, 0.5), "(%(default)s)", name="timed-keep-rates")
+    seconds: float = flag(5.0, "a batch size, at least (%(default)s)", name="timed-seconds")
+
+    def __post_init__(self) -> None:
+        if any(size < 1 for size in self.batch_sizes):
+            raise UserError(f"--batch-sizes {min(self.batch_sizes)}: must be at least 1")
 
 
 @dataclass(frozen=True)

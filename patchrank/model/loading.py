@@ -15,7 +15,9 @@ import torch
 from open_clip.factory import load_state_dict, parse_model_name
 from torch import Tensor, nn
 
+from patchrank import assets
 from patchrank.errors import UserError
+from patchrank.flags import flag
 from patchrank.model.kinds import adapt
 from patchrank.store.storage import one_line
 
@@ -55,6 +57,34 @@ class Model:
     def tokenizer(self) -> Callable[[list[str]], Tensor]:
         """The model's tokenizer."""
         return open_clip.get_tokenizer(self.name)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model, cut where, in which precision; the flags of jobs. Raises UserError for what does not go together.
+
+    Attributes:
+        name: as for `load`; the default is the caller's where None.
+    """
+
+    name: str | None = flag(
+        None, "open_clip name, hf-hub:ORG/REPO, local-dir:FOLDER or embedded", name="model", metavar="NAME"
+    )
+    pretrained: str | None = flag(
+        None, "open_clip tag or weights file, which may hold the image tower alone", metavar="TAG"
+    )
+    cut: int | None = flag(None, "tokens leave before this block, counted from 0 (a quarter of the depth)", metavar="L")
+    dtype: str = flag("auto", "auto, float32, bfloat16 or float16 (%(default)s)")
+
+    def __post_init__(self) -> None:
+        if self.pretrained and self.name in (None, "embedded", assets.MODEL):
+            raise UserError("--pretrained needs --model, an open_clip name")
+
+    def load(self) -> Model:
+        """As `load`. Raises UserError."""
+        if self.name is None:
+            raise UserError("--model is needed: an open_clip name, or embedded for the model in this project")
+        return load(assets.MODEL if self.name == "embedded" else self.name, self.pretrained)
 
 
 def load(name: str, pretrained: str | None = None) -> Model:

@@ -99,6 +99,15 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+@contextlib.contextmanager
+def usable(folder: str) -> Iterator[None]:
+    """Errors of the disk or the bucket that has the folder of a job become one line: UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder}: {one_line(error)}; finished shards are kept") from None
+
+
 def read_bytes(uri: str) -> bytes:
     """The whole content of a file. Raises OSError where it cannot be read."""
     system, path = resolve(uri)

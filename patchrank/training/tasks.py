@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchrank.data import pairs
+from patchrank import assets
+from patchrank.data import pairs, shards
 from patchrank.data.features import Features
 from patchrank.data.join import JoinReport
 from patchrank.data.pair_batches import PairBatch, unranked
 from patchrank.data.pairs import Pairs
 from patchrank.errors import UserError
+from patchrank.flags import at_least, flag
 from patchrank.model import classes, loading
 from patchrank.model.classes import CLASSES_FILE, Classes, classes_of
 from patchrank.model.loading import Model
@@ -59,10 +61,10 @@ class RankedImages:
 
     def settings(self) -> dict[str, Any]:
         """What decides the result."""
-        shards = hashlib.sha256("\n".join(self.pairs.shards).encode()).hexdigest()[:16]
+        digest = hashlib.sha256("\n".join(self.pairs.shards).encode()).hexdigest()[:16]
         return {
             "search": self.search,
-            "shards": f"{len(self.pairs.shards)}: {shards}",
+            "shards": f"{len(self.pairs.shards)}: {digest}",
             "images": list(self.pairs.rows),
             "held_out": self.pairs.share,
             "dtype": self.dtype,
@@ -118,43 +120,65 @@ class RankedImages:
         }
 
 
-def open_images(
-    folder: str,
-    shards: Sequence[str] | None = None,
-    model: str | None = None,
-    pretrained: str | None = None,
-    dtype: str = "auto",
-    held_out: float = 0.1,
-    seed: int = 0,
-    test: Sequence[str] = (),
-    measured: int = 1000,
-    features: str | None = None,
-) -> tuple[RankedImages, Model]:
-    """Open rankings and the model that they were made with.
+@dataclass(frozen=True)
+class ImageSource:
+    """What `open_images` opens; the flags of both trainings. Raises UserError for what does not go together."""
 
-    Args:
-        folder: of the rankings.
-        shards: URIs; all that the rankings name where None.
-        model, pretrained: as for `patchrank.model.loading.load`; as the search named them where None.
+    rankings: str = flag(
+        "rankings", "what jobs/search.py left (%(default)s)", group="rankings and model", metavar="FOLDER"
+    )
+    shards: Sequence[str] | None = flag(None, "only these shards of the search (all that it ranked)", metavar="SHARDS")
+    model: str | None = flag(None, "as for jobs/search.py (the model that the search names)", metavar="NAME")
+    pretrained: str | None = flag(None, "as for jobs/search.py", metavar="TAG")
+    dtype: str = flag("auto", "of the frozen model: auto, float32, bfloat16 or float16 (%(default)s)")
+    held_out: float = flag(0.1, "of the images, never trained on (%(default)s)", group="images", metavar="SHARE")
+    test: Sequence[str] | None = flag(
+        None, "labelled shards to measure, too (the embedded model: its own)", metavar="SHARDS", nargs="*"
+    )
+    measured: int = flag(1000, "images of either to measure at most (%(default)s)", metavar="N")
+    cache_features: str | None = flag(
+        None, "keep the tokens before the cut here: pays where images come again", metavar="FOLDER"
+    )
+
+    def __post_init__(self) -> None:
+        if self.pretrained and not self.model:
+            raise UserError("--pretrained needs --model, an open_clip name")
+        at_least(self, 1, "measured")
+
+
+def open_images(source: ImageSource, seed: int = 0) -> tuple[RankedImages, Model]:
+    """Open rankings and the model that they were made with; `seed` shuffles the images.
 
     Raises:
         UserError: whatever does not fit together.
     """
-    corpus = rankings.open(folder)
+    corpus = rankings.open(source.rankings)
     about = corpus.settings.get("about", {})
+    model, pretrained = assets.MODEL if source.model == "embedded" else source.model, source.pretrained
     if model is None and about.get("model") is None:
-        raise UserError(f"{folder}: does not tell its model's name; give --model")
+        raise UserError(f"{source.rankings}: does not tell its model's name; give --model")
     if model is None:
         model, pretrained = about["model"], about.get("pretrained")
+    test = source.test
+    if test is None:
+        test = assets.TEST_SHARDS if model == assets.MODEL else []
+    wanted = None if source.shards is None else shards.expand(source.shards)
     loaded = loading.load(model, pretrained)
     tower = Tower(loaded.visual, corpus.settings["model"]["cut"], name=model)
     pairs.check(corpus, tower, loaded.weights)
-    loading.resolve_dtype(dtype, gpu=False)  # refuses other names
+    loading.resolve_dtype(source.dtype, gpu=False)  # refuses other names
     _, known = classes_of(corpus)
-    embeddings = None if known is None else known.embeddings
-    record = {"name": model, "pretrained": pretrained, "weights": loaded.weights, "cut": tower.cut}
-    joined = Pairs(corpus, loaded.preprocess(), shards, held_out, seed)
-    images = RankedImages(tower, record, loaded.logit_scale, joined, embeddings, dtype, list(test), measured, features)
+    images = RankedImages(
+        tower=tower,
+        model={"name": model, "pretrained": pretrained, "weights": loaded.weights, "cut": tower.cut},
+        logit_scale=loaded.logit_scale,
+        pairs=Pairs(corpus, loaded.preprocess(), wanted, source.held_out, seed),
+        classes=None if known is None else known.embeddings,
+        dtype=source.dtype,
+        test=shards.expand(test) if test else [],
+        measured=source.measured,
+        features=source.cache_features,
+    )
     return images, loaded
 
 
@@ -173,14 +197,22 @@ class PredictorTask:
 
     images: RankedImages
     config: PredictorConfig
-    loss_name: str
-    target: str
-    keep: float  # at which it is judged
+    loss_name: str = flag("bce", f"{', '.join(LOSSES)} (%(default)s)", group="predictor", name="loss")
+    target: str | None = flag(
+        None, f"what it learns, {' or '.join(TARGETS)} (score after the paper's search, else rank)"
+    )
+    keep: float = flag(0.5, "keep rate at which it is measured (%(default)s)")
     name: str = "predictor"
 
     def __post_init__(self) -> None:
         if self.loss_name not in LOSSES:
             raise UserError(f"--loss {self.loss_name}: must be one of {', '.join(LOSSES)}")
+        if self.target is None:
+            search = self.images.pairs.corpus.settings["search"]
+            # The scores of other searches are of different steps, and cannot be compared with each other;
+            # probabilities are 1, as the tables keep them, where the model is sure.
+            steps, rank_by, score = search["steps"], search["rank_by"], search["score"]
+            self.target = "score" if (steps, rank_by, score) == (1, "scores", "preservation") else "rank"
         if self.target not in TARGETS:
             raise UserError(f"--target {self.target}: must be one of {', '.join(TARGETS)}")
         self.count = count_kept(self.config.num_tokens, self.keep)
@@ -205,7 +237,7 @@ class PredictorTask:
         return self.images.pairs.batches(rank, world, size, accumulation, start)
 
     def loss(self, module: nn.Module, batch: PairBatch) -> Tensor:
-        assert batch.ranking is not None and batch.score is not None
+        assert batch.ranking is not None and batch.score is not None and self.target is not None
         prediction = module(self.images.tokens(batch))  # (B, N)
         target = predictor.targets(batch.ranking, batch.score, self.target).to(prediction.device)
         return LOSSES[self.loss_name](prediction, target)
@@ -250,7 +282,7 @@ class TokensTask:
     images: RankedImages
     config: TokensConfig
     predictor: Predictor
-    keep: float
+    keep: float = flag(0.6, "share of the patch tokens that stay (%(default)s)", group="tokens")
     prompted: PromptedText | None = None  # where there are learnable text tokens
     name: str = "tokens"
 

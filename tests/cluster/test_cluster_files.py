@@ -182,4 +182,4 @@ def test_the_rayjobs_command_is_one_that_the_search_understands():
     assert (python, script) == ("python", "/patchrank/jobs/search.py")
     job = search.job(search.parser().parse_args(flags))
     (group,) = RAYJOB["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    assert (job.actors, job.gpus_per_actor) == (group["maxReplicas"], 1)
+    assert (job.machines.actors, job.machines.gpus_per_actor) == (group["maxReplicas"], 1)

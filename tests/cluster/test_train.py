@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_search import wait_for
 from tiny_task import CONFIG, Line
 
-from cluster.train import TrainingConfig, train
+from cluster.train import TrainingConfig, Workers, train
 from patchrank.errors import UserError
 from patchrank.training import configuration
 
@@ -30,8 +30,8 @@ def line(address):
     """A function that learns the line on the shared Ray, by one worker or as many as it is told."""
 
     def learn(out, task=None, **changes):
-        config = {**CONFIG, "address": address, "workers": 1, "cpus_per_worker": 1, **changes}
-        return train(task or Line(), TrainingConfig(str(out), **config))
+        machines = Workers(address, changes.pop("workers", 1), 1, changes.pop("gpus_per_worker", None))
+        return train(task or Line(), TrainingConfig(str(out), **{**CONFIG, "machines": machines, **changes}))
 
     return learn
 

@@ -18,7 +18,8 @@ from PIL import Image
 from small_model import save_model
 
 import patchrank
-from cluster.evaluate import EvaluationJob, run
+from cluster.evaluate import EvaluatedModel, EvaluationJob, Pruning, run
+from cluster.places import Machines
 from jobs import evaluate as evaluate_job
 from patchrank.data import shards
 from patchrank.data.held_out import is_held_out
@@ -26,7 +27,9 @@ from patchrank.data.images import decode
 from patchrank.errors import UserError
 from patchrank.evaluation import figures
 from patchrank.evaluation.evaluate import EvaluationConfig, ShardEvaluator
+from patchrank.evaluation.latency import Timing
 from patchrank.model import loading
+from patchrank.model.class_source import ClassSource
 from patchrank.model.loading import tower_digest
 from patchrank.model.tower import Tower
 from patchrank.pruning import methods
@@ -99,21 +102,18 @@ def data(tmp_path_factory):
     return folder
 
 
-def job(data, out, **changes):
-    flags = {
-        "rankings": str(data / "rankings"),
-        "bundle": str(data / "bundle"),
-        "class_names": str(data / "classes.json"),
-        "keep_rates": KEEP_RATES,
-        "timed_keep_rates": [0.5],
-        "batch_sizes": [1, 2],
-        "timed_seconds": 0,
-        "dtype": "float32",
-        "images_per_batch": 4,
-        "cpus_per_actor": 1,
-    }
-    shards_ = [str(data / "images-{0,1}.tar")]
-    return EvaluationJob(shards_, str(out), f"local-dir:{data / 'model'}", **(flags | changes))
+def job(data, out, address=None, rankings="rankings", batch_sizes=(1, 2), **pruning):
+    return EvaluationJob(
+        rankings=rankings and str(data / rankings),
+        shards=[str(data / "images-{0,1}.tar")],
+        out=str(out),
+        model=EvaluatedModel(f"local-dir:{data / 'model'}", dtype="float32"),
+        pruning=Pruning(**{"bundle": str(data / "bundle"), "keep_rates": KEEP_RATES, **pruning}),
+        classes=ClassSource(str(data / "classes.json")),
+        timing=Timing(batch_sizes, [0.5], 0),
+        machines=Machines(address, cpus_per_actor=1),
+        images_per_batch=4,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import replace
 
@@ -16,20 +15,22 @@ from small_model import save_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import patchrank
-from cluster import training_flags
+from cluster.places import Machines
 from cluster.rank import SearchJob, search
 from jobs import evaluate as evaluate_job
-from jobs import train_predictor, train_tokens
+from jobs import train_predictor, train_tokens, training
 from patchrank.data import shards
 from patchrank.data.images import decode
 from patchrank.errors import UserError
 from patchrank.model import classes
+from patchrank.model.class_source import ClassSource
+from patchrank.model.loading import ModelSource
 from patchrank.pruning import methods, predictor, prompts
 from patchrank.pruning.bundle import Bundle
 from patchrank.pruning.comparison import Comparison
 from patchrank.pruning.prompts import PromptedText, TokensConfig
 from patchrank.store import rankings
-from patchrank.training.tasks import TokensTask, open_images
+from patchrank.training.tasks import ImageSource, TokensTask, open_images
 
 pytest_plugins = ["shared_ray"]
 
@@ -53,13 +54,9 @@ def data(address, tmp_path_factory):
         SearchJob(
             [str(folder / "images-{0,1}.tar")],
             str(folder / "rankings"),
-            name,
-            dtype="float32",
-            class_names=str(folder / "classes.json"),
-            prototypes=[str(folder / "images-0.tar")],
-            address=address,
-            actors=1,
-            cpus_per_actor=1,
+            model=ModelSource(name, dtype="float32"),
+            classes=ClassSource(str(folder / "classes.json"), prototypes=[str(folder / "images-0.tar")]),
+            machines=Machines(address, 1, 1),
         )
     )
     assert done.total("images") == 80 and not done.failures
@@ -144,7 +141,7 @@ def untrained(data, tmp_path_factory):
 
 def test_text_tokens_bring_their_class_embeddings(data, untrained, tmp_path):
     """The task of --text in this process, as the training loop calls it."""
-    images, model = open_images(str(data / "rankings"), dtype="float32", held_out=0.2)
+    images, model = open_images(ImageSource(str(data / "rankings"), dtype="float32", held_out=0.2))
     learnt, _ = predictor.load(str(untrained / "same"), images.tower, model.weights)
     prompted = PromptedText(model, CLASSES, 4)
     task = TokensTask(images, TokensConfig(32, 4, text_width=prompted.width), learnt, 0.5, prompted)
@@ -160,7 +157,7 @@ def test_text_tokens_bring_their_class_embeddings(data, untrained, tmp_path):
         losses.append(loss.item())
     assert sum(losses[-5:]) < sum(losses[:5])
     after = task.evaluate(module, 0, 1, lambda tensor: tensor)
-    nothing = replace(task, images=open_images(str(data / "rankings"), dtype="float32", held_out=0)[0])
+    nothing = replace(task, images=open_images(ImageSource(str(data / "rankings"), dtype="float32", held_out=0))[0])
     assert nothing.evaluate(nothing.start(torch.device("cpu")), 0, 1, lambda tensor: tensor) == {}
     task.save(module, str(tmp_path), {}, after, [task.report()])
 
@@ -180,11 +177,8 @@ def test_text_tokens_bring_their_class_embeddings(data, untrained, tmp_path):
 
 def test_shards_that_were_not_searched_are_told(data, tmp_path, capsys):
     (tmp_path / "other.tar").write_bytes(b"")
-    parser = argparse.ArgumentParser()
-    training_flags.add_images(parser)
-    parser.set_defaults(seed=0)
-    args = parser.parse_args(flags(data, "--shards", str(data / "images-0.tar"), str(tmp_path / "other.tar")))
-    images, _ = training_flags.images(args)
+    wanted = [str(data / "images-0.tar"), str(tmp_path / "other.tar")]
+    images, _ = training.opened(ImageSource(str(data / "rankings"), wanted), seed=0)
     assert images.pairs.shards == [str(data / "images-0.tar")]
     assert f"warning: 1 of the shards have no rankings in {data / 'rankings'}, " in capsys.readouterr().err
 

@@ -1,0 +1,1 @@
+"""The jobs: parse, call, print. `python jobs/NAME.py`, or the command `patchrank NAME`."""
