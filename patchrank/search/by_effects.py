@@ -53,7 +53,7 @@ class ByEffects(Strategy):
 
     @classmethod
     def tries(cls, config: SearchConfig, alive: int, count: int) -> int:
-        """As `Strategy.tries`: how many disjoint sets a step proposes. With one step nothing comes after its choice."""
+        """As `Strategy.tries`: how many disjoint sets a step proposes. The one-shot search has one and trusts it."""
         if config.steps == 1:
             return 0
         return min(config.proposals, alive // count) if count else 1
@@ -71,7 +71,7 @@ class ByEffects(Strategy):
         return self._take(self._propose(self.alive, self.alive.shape[1]))
 
     def _learn(self, wanted: Tensor) -> None:
-        """Measure the effects of tokens, (B, M) ids."""
+        """Measure the effects of tokens, (B, M) ids, anew."""
         fresh = self.measure(wanted, lambda embeddings, image: embeddings - self.now[image], shared=True)  # (B, M, E)
         self.effects = self.effects.scatter(1, wanted[..., None].expand_as(fresh), fresh)
 

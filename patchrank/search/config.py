@@ -113,12 +113,4 @@ class SearchConfig:
 
     def cost(self, grid: tuple[int, int]) -> list[Step]:
         """What the search costs an image of rows x columns tokens, a step after the other."""
-        rows, columns = grid
-        blocks, alive, result = (rows - self.block + 1) * (columns - self.block + 1), rows * columns, []
-        for number, count in enumerate(self.removals(alive)):
-            scored = blocks if number == 0 else min(blocks, self.wanted(alive) * self.block**2)
-            result.append(Step(alive - self.block**2 if number == 0 else alive - 1, scored, count))
-            if tries := self.strategy.tries(self, alive, count):
-                result.append(Step(alive - count, tries, 0))
-            alive -= count
-        return result
+        return self.strategy.cost(self, grid)

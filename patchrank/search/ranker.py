@@ -13,6 +13,7 @@ from torch import Tensor
 from patchrank.data.loader import Batch
 from patchrank.data.progress import Progress
 from patchrank.data.shard_job import Reading, ShardJob, ShardResult
+from patchrank.search.objective import SCORES
 from patchrank.search.searcher import Searcher, SearchResult
 from patchrank.store import rankings
 
@@ -41,7 +42,7 @@ class ShardRanker:
         threads: int = 2,
     ) -> None:
         self.searcher = searcher
-        label_needed = searcher.config.score == "label"
+        label_needed = SCORES[searcher.config.score].labels
         self.reading = Reading(preprocess, batch, limit, threads, num_classes, label_needed)
 
     def rank(

@@ -15,14 +15,13 @@ A strategy tells what is made of the candidates. A new one is a file beside this
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from patchrank.search.candidates import Candidates, without
-from patchrank.search.config import SearchConfig
+from patchrank.search.candidates import Candidates, Value, without
+from patchrank.search.config import SearchConfig, Step
 from patchrank.search.objective import Objective
 
 
@@ -66,6 +65,19 @@ class Strategy(ABC):
         """How many more candidates a step embeds to choose `count` tokens, of those `alive`, that leave."""
         return 0
 
+    @classmethod
+    def cost(cls, config: SearchConfig, grid: tuple[int, int]) -> list[Step]:
+        """As `SearchConfig.cost`: in each step blocks are measured, then `tries`."""
+        rows, columns = grid
+        blocks, alive, result = (rows - config.block + 1) * (columns - config.block + 1), rows * columns, []
+        for number, count in enumerate(config.removals(alive)):
+            measured = blocks if number == 0 else min(blocks, config.wanted(alive) * config.block**2)
+            result.append(Step(alive - config.block**2 if number == 0 else alive - 1, measured, count))
+            if tries := cls.tries(config, alive, count):
+                result.append(Step(alive - count, tries, 0))
+            alive -= count
+        return result
+
     @abstractmethod
     def leave(self, count: int, first: bool) -> Tensor:
         """Ids of the tokens that leave next, (B, count), in this order; fills in their scores.
@@ -89,7 +101,7 @@ class Strategy(ABC):
         removed.append(self.rest())
         return Found(torch.cat(removed, dim=1).flip(1), self.score_minus_one + 1, step, self.scored)
 
-    def measure(self, wanted: Tensor, value: Callable[[Tensor, Tensor], Tensor], shared: bool = False) -> Tensor:
+    def measure(self, wanted: Tensor, value: Value, shared: bool = False) -> Tensor:
         """As `Candidates.measure`, of the tokens that are alive -> (B, M, q)."""
         values, candidates = self.candidates.measure(self.tokens, self.alive, wanted, value, shared)
         self.scored += candidates
