@@ -25,8 +25,10 @@ from patchrank.data.shard_writer import Skipped
 from patchrank.errors import UserError, run
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None, prog: str = "jobs/make_shards.py") -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", metavar="DIR", help="ImageFolder tree: DIR/CLASS/**/x.jpg, jpeg, png or webp")
     source.add_argument("--csv", metavar="FILE", help="CSV with a path and optionally a label (integer or name) a line")

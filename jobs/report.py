@@ -18,10 +18,10 @@ from patchrank.report import writer
 from patchrank.store import storage
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "jobs/report.py") -> int:
     """Parse, write, print."""
     parser = argparse.ArgumentParser(
-        prog="jobs/report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("evaluation", help="folder that jobs/evaluate.py wrote: a path, s3://... or gs://...")
@@ -30,9 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--images", type=int, default=12, metavar="N", help="at most so many in each gallery (%(default)s)")
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    notes = writer.write(
-        args.evaluation, args.out, shlex.join(["python", "jobs/report.py", *argv]), args.keep, args.images
-    )
+    command = f"{'python ' * prog.endswith('.py')}{prog} {shlex.join(argv)}"
+    notes = writer.write(args.evaluation, args.out, command, args.keep, args.images)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     print(storage.join(args.out, writer.PAGE))

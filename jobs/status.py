@@ -56,9 +56,11 @@ def _list(title: str, lines: Sequence[str]) -> None:
         print(f"{title:<14}and {len(lines) - LISTED} more; --json has all")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "jobs/status.py") -> int:
     """Parse, read, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", help="output folder of a search: a path, s3://... or gs://...")
     parser.add_argument("--json", action="store_true", help="everything, for programs; times in seconds since 1970")
     args = parser.parse_args(argv)
