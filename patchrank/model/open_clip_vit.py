@@ -114,7 +114,7 @@ class OpenClipViT(Adapter):
         # (C, heads, 1, d) and (C, heads, 1 + n, d), d = D / heads
         query, key, _ = _project(block.attn, block.ln_1(x), class_token_only=True)
         logits = query.float() @ key.float().transpose(-1, -2) * query.shape[-1] ** -0.5  # (C, heads, 1, 1 + n)
-        return logits.softmax(dim=-1).mean(dim=1)[:, 0, 1:]
+        return logits.softmax(dim=-1).mean(dim=1)[:, 0, self.prefix_tokens :]
 
     def readout(self, x: Tensor) -> Tensor:
         """As `Adapter.readout`."""
