@@ -8,6 +8,7 @@ import sys
 import made_up
 import pytest
 from here import ROOT, run_here
+from PIL import Image
 
 from patchrank import assets
 from patchrank.store import rankings
@@ -32,6 +33,13 @@ def test_ask_the_corpus(tmp_path):
     assert len(shares) == 20 and abs(sum(shares) - 200) <= 10  # a tenth of 20 tokens is 2; rounded shares
 
 
+def test_the_picture_of_the_architecture(tmp_path):
+    done = run_here("docs/architecture.py", tmp_path / "rooms.png")
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "rooms.png") as picture:
+        assert picture.width > 800
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -42,6 +50,7 @@ def test_ask_the_corpus(tmp_path):
         (["examples/ask_the_corpus.py", "{tmp}/nope"], "{tmp}/nope: no such folder"),
         (["benchmarks/precision.py", "--model", assets.MODEL, "--shard", "nope.tar"], "nope.tar: No such file"),
         (["docs/picture.py", "{tmp}/nope", "{tmp}/x.png"], "{tmp}/nope: no such folder"),
+        (["docs/architecture.py", "{tmp}/nope/x.png"], "{tmp}/nope/x.png: cannot be written"),
         (["docs/picture.py", "{tmp}/rankings", "{tmp}/x.png"], "{tmp}/shard.tar: No such file"),
     ],
 )
