@@ -37,12 +37,11 @@ from benchmarks.corpus import GRID, KEEP_RATES, drawn, uri
 from cluster.actor import Shared
 from cluster.places import Machines, connected
 from cluster.pool import Pool
-from cluster.progress import ShardReport
 from cluster.rank import SearchSummary, work_through
 from cluster.ranking_actor import Plan, RankingActor
 from patchrank import assets
 from patchrank.data.images import MAX_PIXELS
-from patchrank.data.progress import Progress
+from patchrank.data.progress import Progress, ShardReport
 from patchrank.errors import run
 from patchrank.model import loading
 from patchrank.model.tower import Tower
@@ -73,8 +72,7 @@ class Sleeper:
         self._progress: dict[str, Any] = {}
 
     def ready(self, shared: None) -> str:
-        """Returns once the modules of a real actor's report are there."""
-        import cluster.progress  # noqa: F401
+        """Returns once the process is up."""
         from cluster.pool import process_id
 
         return process_id()
@@ -86,7 +84,6 @@ class Sleeper:
 
     def rank(self, shared: None, shard: str, plan: Sleep) -> Any:
         """Sleep for a shard, and write its table."""
-        from cluster.progress import ShardReport
         from patchrank.store import rankings
 
         start = time.monotonic()

@@ -18,9 +18,8 @@ from torch import Tensor
 from cluster.metrics import Metrics
 from cluster.places import Places
 from cluster.pool import Failed, process_id
-from cluster.progress import ShardReport
 from patchrank.data.images import limit_pixels
-from patchrank.data.progress import Progress
+from patchrank.data.progress import Progress, ShardReport
 from patchrank.data.prototypes import class_sums
 from patchrank.data.shard_job import ShardResult
 from patchrank.data.shards import ShardError

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from cluster.actor import Shared, TowerActor
-from cluster.progress import ShardReport
-from patchrank.data.progress import Progress
+from patchrank.data.progress import Progress, ShardReport
 from patchrank.data.shard_job import ShardResult
 from patchrank.evaluation import latency
 from patchrank.evaluation.evaluate import EvaluationConfig, ShardEvaluator

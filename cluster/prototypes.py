@@ -9,7 +9,7 @@ from collections import deque
 from torch import Tensor
 
 from cluster.pool import Failed, Pool
-from cluster.progress import Meter
+from patchrank.data.meter import Meter
 from patchrank.errors import UserError
 from patchrank.model import classes
 from patchrank.model.class_source import FoundClasses

@@ -13,12 +13,13 @@ import ray
 from cluster.actor import OutputError, Shared
 from cluster.places import Machines, Places, connected
 from cluster.pool import Failed, Pool
-from cluster.progress import Meter, ShardReport
 from cluster.prototypes import settle
 from cluster.ranking_actor import Plan, RankingActor
 from patchrank import __version__
 from patchrank.data import shards
 from patchrank.data.images import MAX_PIXELS
+from patchrank.data.meter import Meter
+from patchrank.data.progress import ShardReport
 from patchrank.errors import UserError
 from patchrank.flags import at_least, flag, group
 from patchrank.model import class_source, loading

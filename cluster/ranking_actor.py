@@ -11,10 +11,9 @@ from torch import Tensor
 
 from cluster.actor import Shared, TowerActor
 from cluster.pool import Failed
-from cluster.progress import ShardReport
 from patchrank.data import decoding, shards
 from patchrank.data.decoding import Undecodable
-from patchrank.data.progress import Progress
+from patchrank.data.progress import Progress, ShardReport
 from patchrank.data.shard_job import ShardResult
 from patchrank.data.shards import Sample, ShardError
 from patchrank.search.config import SearchConfig

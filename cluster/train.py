@@ -24,7 +24,6 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.places import Machines, connected
-from cluster.training_progress import Board, StepMeter
 from cluster.training_worker import Plan, Task, work
 from patchrank.errors import UserError
 from patchrank.flags import at_least, flag, group
@@ -32,6 +31,7 @@ from patchrank.store import storage
 from patchrank.store.folder import Folder
 from patchrank.training import configuration, outcome
 from patchrank.training.outcome import Figures
+from patchrank.training.progress import Board, StepMeter
 
 POLL_SECONDS = 0.5
 

@@ -15,6 +15,7 @@ import textwrap
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
 
@@ -32,11 +33,11 @@ INNER, OUTER = "#dbe7f3", "#f5e3cc"
 
 @dataclass(frozen=True)
 class Import:
-    """Of a module, or of a name in one, at a line; `first`: as soon as the importing module is itself imported."""
+    """Of a module, or of a name in one, at a line: with the importing module, when a function runs, or for types."""
 
     target: str
     line: int
-    first: bool
+    when: Literal["first", "later", "types"]
 
 
 def sources(*folders: str) -> dict[str, str]:
@@ -50,26 +51,30 @@ def sources(*folders: str) -> dict[str, str]:
 def imports(source: str) -> list[Import]:
     """All imports of a module: at its head, in its functions, and for the eyes of a type checker."""
     found: list[Import] = []
-    late: set[int] = set()
+    when: dict[int, Literal["later", "types"]] = {}
     for node in ast.walk(tree := ast.parse(source)):
-        checked = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        if checked or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            late |= {id(below) for below in ast.walk(node)}
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            when |= {id(below): "later" for below in ast.walk(node)}
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            when |= {id(below): "types" for below in ast.walk(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             module = f"{'.' * node.level}{node.module or ''}." if isinstance(node, ast.ImportFrom) else ""
-            found += [Import(module + alias.name, node.lineno, id(node) not in late) for alias in node.names]
+            found += [Import(module + alias.name, node.lineno, when.get(id(node), "first")) for alias in node.names]
     return found
 
 
-def arrows(modules: dict[str, str]) -> dict[str, dict[str, int]]:
-    """By module, the other modules that it imports, and in which line. Those of the facade do not count."""
+def arrows(modules: dict[str, str], types: bool = True) -> dict[str, dict[str, int]]:
+    """By module, the other modules that it imports, and in which line; with those that types alone need, or without.
+
+    What the facade imports does not count.
+    """
     found: dict[str, dict[str, int]] = {}
     for name, source in modules.items():
         found[name] = {}
         for each in imports(source) if name != FACADE else ():
             target = each.target if each.target in modules else each.target.rpartition(".")[0]
-            if target in modules and target not in (name, FACADE):
+            if target in modules and target not in (name, FACADE) and (types or each.when != "types"):
                 found[name].setdefault(target, each.line)
     return found
 

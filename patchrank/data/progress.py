@@ -1,4 +1,4 @@
-"""What has been done of a shard so far."""
+"""What has been done of a shard, so far and in the end."""
 
 from __future__ import annotations
 
@@ -37,3 +37,22 @@ class Progress:
             yield
         finally:
             self.seconds[stage] += time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What an actor says of a shard that it has finished.
+
+    Attributes:
+        progress: images, rejects, candidates.
+        error: why the shard could not be read to its end, or None.
+        bytes: of the table on disk.
+        memory: peak memory of the actor's process so far, in bytes.
+        process: which process that was, on which machine.
+    """
+
+    progress: Progress
+    error: str | None
+    bytes: int
+    memory: int
+    process: str

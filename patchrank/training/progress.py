@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
-from cluster.progress import LOG_SECONDS
+from patchrank.data.meter import LOG_SECONDS
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.progress import Meter
+from patchrank.data.meter import Meter
 from patchrank.data.progress import Progress
 from patchrank.store import status
 from patchrank.store.folder import Folder
@@ -14,7 +14,7 @@ from patchrank.store.folder import Folder
 def clock(monkeypatch):
     """A clock that stands still unless told to go on."""
     now = [100.0]
-    monkeypatch.setattr("cluster.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("patchrank.data.meter.time.monotonic", lambda: now[0])
     return now
 
 

@@ -1,4 +1,4 @@
-"""How far a search is: a bar on a terminal, a log line now and then elsewhere, and a report in the output folder."""
+"""How far a job over shards is: a bar on a terminal, a log line now and then elsewhere, and a report in its folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from tqdm import tqdm
 
@@ -19,25 +18,6 @@ from patchrank.store.status import Run
 
 LOG_SECONDS = 30.0
 RATE_SECONDS = 600.0  # over which the pace is measured: machines come and go
-
-
-@dataclass(frozen=True)
-class ShardReport:
-    """What an actor says of a shard that it has finished.
-
-    Attributes:
-        progress: images, rejects, candidates.
-        error: why the shard could not be read to its end, or None.
-        bytes: of the table on disk.
-        memory: peak memory of the actor's process so far, in bytes.
-        process: which process that was, on which machine.
-    """
-
-    progress: Progress
-    error: str | None
-    bytes: int
-    memory: int
-    process: str
 
 
 class Meter:
