@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from patchrank.errors import UserError
+from patchrank.pruning.methods import METHODS
 from patchrank.report.data import UNPRUNED, Evaluation, Figure, method_name, unit
 
 NAMES = ("top1-by-multiply-adds", "top1-by-keep", "cosine-by-multiply-adds", "cosine-by-keep", "speedup-by-keep")
@@ -60,37 +61,17 @@ class _Scheme:
     text: str
     muted: str
     grid: str
-    colours: dict[str, str]
+    dark: bool = False
+
+    def colour(self, method: str) -> str | None:
+        """Of a method's line; None where it is not known."""
+        if method not in METHODS:
+            return None
+        return (METHODS[method].dark if self.dark else None) or METHODS[method].colour
 
 
-# The Okabe-Ito colours, which colour-blind people can tell apart; blue is too dark for a dark page, black for neither.
-_LIGHT = _Scheme(
-    text="#1d2126",
-    muted="#5b636d",
-    grid="#e4e7eb",
-    colours={
-        "golden": "#E69F00",
-        "predictor": "#0072B2",
-        "predictor-tokens": "#009E73",
-        "class-attention": "#D55E00",
-        "token-merging": "#CC79A7",
-        "random": "#7d858f",
-    },
-)
-_DARK = _Scheme(
-    text="#e8eaed",
-    muted="#a3abb5",
-    grid="#2c3238",
-    colours=_LIGHT.colours | {"predictor": "#56B4E9"},
-)
-_STROKES: dict[str, tuple[str, Any]] = {  # marker and dashes: the charts can be read without their colours
-    "golden": ("o", "-"),
-    "predictor": ("s", "-"),
-    "predictor-tokens": ("D", (0, (6, 1.5))),
-    "class-attention": ("^", (0, (4, 2))),
-    "token-merging": ("v", (0, (4, 1.5, 1, 1.5))),
-    "random": ("X", (0, (1.5, 1.5))),
-}
+_LIGHT = _Scheme(text="#1d2126", muted="#5b636d", grid="#e4e7eb")
+_DARK = _Scheme(text="#e8eaed", muted="#a3abb5", grid="#2c3238", dark=True)
 _FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
 
 
@@ -239,8 +220,8 @@ def _figure(plot: _Plot, scheme: _Scheme, title: str | None = None) -> Any:
     axis = figure.add_subplot()
     spare = iter(("#56B4E9", "#F0E442", "#b07d62") * len(plot.lines))
     for method, points in plot.lines.items():
-        marker, dashes = _STROKES.get(method, ("P", "-"))
-        colour = scheme.colours.get(method) or next(spare)
+        marker, dashes = (METHODS[method].marker, METHODS[method].dashes) if method in METHODS else ("P", "-")
+        colour = scheme.colour(method) or next(spare)
         x, y = zip(*points, strict=True)
         axis.plot(
             x,

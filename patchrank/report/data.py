@@ -14,21 +14,10 @@ import pyarrow.dataset as ds
 
 from patchrank.errors import UserError
 from patchrank.evaluation import figures
+from patchrank.pruning.methods import METHODS, UNPRUNED
 from patchrank.store import storage
 from patchrank.store.folder import Folder
 
-UNPRUNED = "unpruned"
-METHODS = {  # in the order of every legend and table
-    UNPRUNED: "Unpruned",
-    "golden": "Golden ranking",
-    "predictor": "Predictor",
-    "predictor-tokens": "Predictor + tokens",
-    "class-attention": "Class attention",
-    "token-merging": "Token merging",
-    "random": "Random",
-}
-# Which method the page is about, the first that there is: what a user would deploy comes before what bounds it.
-_LEADING = ("predictor-tokens", "predictor", "golden", "class-attention", "token-merging", "random")
 _TOLERANCE = 1e-6  # between keep rates that are meant to be equal
 RECALLS = ("1", "5", "10")
 
@@ -153,7 +142,7 @@ class Evaluation:
     def leading(self, keep: float) -> str:
         """The method that the page is about."""
         there = [method for method in self.methods if self.figure(method, keep)]
-        return next((method for method in _LEADING if method in there), there[0])
+        return min(there, key=lambda method: METHODS[method].leading if method in METHODS else len(METHODS))
 
     def class_name(self, label: int | None) -> str:
         """What people call a label or prediction."""
@@ -246,13 +235,13 @@ def at_keep(keep: float) -> Any:
 
 def method_name(method: str) -> str:
     """What people call a method."""
-    return METHODS.get(method, method.replace("-", " ").capitalize())
+    return METHODS[method].label if method in METHODS else method.replace("-", " ").capitalize()
 
 
 def in_order(methods: set[str]) -> list[str]:
-    """Methods in the order of `METHODS`; unknown ones after them, by name."""
-    known = list(METHODS)
-    return sorted(methods, key=lambda method: (known.index(method) if method in METHODS else len(known), method))
+    """Methods in the order of `METHODS`, after the unpruned model; unknown ones after them, by name."""
+    known = [UNPRUNED, *METHODS]
+    return sorted(methods, key=lambda method: (known.index(method) if method in known else len(known), method))
 
 
 def unit(evaluation: Evaluation) -> tuple[float, str]:

@@ -17,10 +17,10 @@ from PIL import Image
 from patchrank.data import images, shards
 from patchrank.errors import UserError
 from patchrank.evaluation import figures
+from patchrank.pruning.methods import METHODS
 from patchrank.report.data import UNPRUNED, Evaluation, at_keep
 from patchrank.store import rankings, storage
 
-KEPT = ("golden", "predictor", "class-attention")  # the methods whose tokens are shown
 _SIDE = 224  # pixels of a shown image, at most and, but for a whole factor, at least
 # Shards that are looked at for images: more than one, since a shard may hold one class, and few, since their tars are
 # read to the last image wanted.
@@ -38,7 +38,7 @@ class Shown:
 
     Attributes:
         answers: class index by method, of those that have one; `UNPRUNED` among them.
-        kept: by method of `KEPT`, the ids of the tokens that stay.
+        kept: by method, of those that the report shows, the ids of the tokens that stay.
         matching: by method, the matching rate with the golden ranking.
         ranking: (N,) int, the golden ranking, where it is known.
         picture: the image, encoded, as a data URI.
@@ -150,8 +150,9 @@ def _spread(candidates: Sequence[Shown], count: int) -> list[Shown]:
 
 def _read_tokens(evaluation: Evaluation, keep: float, wanted: Sequence[Shown], there: dict[str, str]) -> None:
     tokens = evaluation.model.grid[0] * evaluation.model.grid[1]
+    shown = [name for name, entry in METHODS.items() if entry.shown]
     for shard, mine in _by_shard(wanted).items():
-        where = at_keep(keep) & ds.field("key").isin(list(mine)) & ds.field("method").isin(list(KEPT))
+        where = at_keep(keep) & ds.field("key").isin(list(mine)) & ds.field("method").isin(shown)
         for row in evaluation.rows(there[shard], ["key", "shard", "method", "kept", "matching"], where).to_pylist():
             if row["shard"] != shard or row["kept"] is None:
                 continue

@@ -1,9 +1,9 @@
-"""The tables of a report, as HTML. Whatever comes from files is escaped here."""
+"""The tables of a report: what stands in their cells."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
+from dataclasses import dataclass
 
 from patchrank.report.data import RECALLS, UNPRUNED, Evaluation, Figure, in_order, method_name, same, unit
 
@@ -21,37 +21,23 @@ def number(value: float | None, digits: int) -> str:
     return NONE if value is None else f"{value:.{digits}f}"
 
 
-def table(
-    caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1, marked: Sequence[int] = ()
-) -> str:
-    """A table in a box of its own that scrolls, so that the page does not.
+@dataclass(frozen=True)
+class Table:
+    """A table of plain text.
 
-    Args:
-        caption: what it shows; also what a screen reader calls the box.
-        head, rows: plain text; the first cell of a row names it.
-        texts: how many columns, from the left, are text; the others are numbers.
+    Attributes:
+        caption: what it shows; also what a screen reader calls it.
+        head, rows: the first cell of a row names it, the others are numbers.
         marked: rows to set apart.
     """
-    sides = ['class="text"' if column < texts else "" for column in range(len(head))]
-    top = "".join(f'<th scope="col" {side}>{escape(cell)}</th>' for cell, side in zip(head, sides, strict=True))
-    lines = []
-    for index, row in enumerate(rows):
-        cells = [f'<th scope="row" class="text">{escape(row[0])}</th>']
-        cells += [f"<td {side}>{escape(cell)}</td>" for cell, side in zip(row[1:], sides[1:], strict=True)]
-        lines.append(f"<tr{' class=marked' if index in marked else ''}>{''.join(cells)}</tr>")
-    return (
-        f'<div class="table"><p class="caption">{escape(caption)}</p>'  # outside the box: it does not scroll away
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
-        f"<thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody></table></div></div>"
-    )
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    marked: Sequence[int] = ()
 
 
-def folded(summary: str, content: str) -> str:
-    """Content that unfolds on a click; as plain HTML, it does without scripts."""
-    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
-
-
-def matrix(evaluation: Evaluation, what: str) -> str:
+def matrix(evaluation: Evaluation, what: str) -> Table:
     """One figure, "top1" or "cosine", by method and keep rate; the unpruned model for comparison."""
 
     def cell(one: Figure | None) -> str:
@@ -69,10 +55,10 @@ def matrix(evaluation: Evaluation, what: str) -> str:
         caption = "Top-1 accuracy in percent, by keep rate"
     else:
         caption = "Mean cosine to the unpruned embedding, by keep rate"
-    return table(caption, ["", *(f"{rate:g}" for rate in rates)], rows)
+    return Table(caption, ["", *(f"{rate:g}" for rate in rates)], rows)
 
 
-def figures(evaluation: Evaluation) -> str:
+def figures(evaluation: Evaluation) -> Table:
     """All figures, those of one keep rate together."""
     scale, letter = unit(evaluation)
     whole = evaluation.unpruned
@@ -89,10 +75,10 @@ def figures(evaluation: Evaluation) -> str:
         ]
         for one in picked
     ]
-    return table("All figures, by keep rate and method", head, rows, marked=starts)
+    return Table("All figures, by keep rate and method", head, rows, marked=starts)
 
 
-def speedups(evaluation: Evaluation) -> str:
+def speedups(evaluation: Evaluation) -> Table:
     """Measured speed-up by method, batch and keep rate."""
     measured = {(one.method, one.batch, one.keep): one for one in evaluation.latency if one.method != UNPRUNED}
     rates = sorted({keep for _, _, keep in measured}, reverse=True)
@@ -105,10 +91,10 @@ def speedups(evaluation: Evaluation) -> str:
         batches.append(batch)
     starts = [index for index in range(1, len(rows)) if batches[index] != batches[index - 1]]
     caption = f"Measured speed-up over the unpruned model by batch and keep rate, on {evaluation.device}"
-    return table(caption, ["", "Batch", *(f"{rate:g}" for rate in rates)], rows, marked=starts)
+    return Table(caption, ["", "Batch", *(f"{rate:g}" for rate in rates)], rows, marked=starts)
 
 
-def latency(evaluation: Evaluation) -> str:
+def latency(evaluation: Evaluation) -> Table:
     """Milliseconds a batch and speed-ups, measured and expected."""
     order = in_order({one.method for one in evaluation.latency})
     lines = sorted(evaluation.latency, key=lambda one: (one.batch, -one.keep, order.index(one.method)))
@@ -133,10 +119,10 @@ def latency(evaluation: Evaluation) -> str:
         ]
         for one in lines
     ]
-    return table(f"Latency on {evaluation.device}", head, rows, marked=starts)
+    return Table(f"Latency on {evaluation.device}", head, rows, marked=starts)
 
 
-def retrieval(evaluation: Evaluation) -> str:
+def retrieval(evaluation: Evaluation) -> Table:
     """Recall of captions by image and of images by caption."""
     order = in_order({one.method for one in evaluation.retrieval})
     lines = sorted(evaluation.retrieval, key=lambda one: (-one.keep, order.index(one.method)))
@@ -150,14 +136,14 @@ def retrieval(evaluation: Evaluation) -> str:
     ]
     head = ["Method", "Keep rate", "Images", "Captions", *ways]
     starts = [index for index, one in enumerate(lines) if index and not same(one.keep, lines[index - 1].keep)]
-    return table("Retrieval, recall in percent", head, rows, marked=starts)
+    return Table("Retrieval, recall in percent", head, rows, marked=starts)
 
 
-def classes(evaluation: Evaluation, keep: float, leading: str) -> str | None:
+def classes(evaluation: Evaluation, keep: float, leading: str) -> list[Table]:
     """Top-1 accuracy by class at a keep rate, the classes first that lose most by the leading method.
 
     Returns:
-        The first rows, the others folded; None where no class has an accuracy at this keep rate.
+        The first rows, and the others, if there are more; nothing where no class has an accuracy at this keep rate.
     """
     at: dict[int, dict[str, float]] = {}
     about: dict[int, tuple[str, int]] = {}
@@ -168,7 +154,7 @@ def classes(evaluation: Evaluation, keep: float, leading: str) -> str | None:
     methods = in_order({method for found in at.values() for method in found})
     pruned = [method for method in methods if method != UNPRUNED]
     if not pruned:
-        return None
+        return []
     leading = leading if leading in pruned else pruned[0]
 
     def change(label: int) -> float | None:
@@ -187,12 +173,6 @@ def classes(evaluation: Evaluation, keep: float, leading: str) -> str | None:
         rows.append([name, f"{images:,}", signed, *(percent(at[label].get(method), images) for method in methods)])
     head = ["Class", "Images", "Change", *(method_name(method) for method in methods)]
     caption = f"Top-1 accuracy in percent by class at keep rate {keep:g}"
-    text = table(
-        f"{caption}, and its change by {method_name(leading).lower()}: largest losses first", head, rows[:_CLASSES]
-    )
-    if len(rows) > _CLASSES:
-        others = len(rows) - _CLASSES
-        text += folded(
-            f"The other {others} class{'es' * (others != 1)}", table(f"{caption}, the others", head, rows[_CLASSES:])
-        )
-    return text
+    first = f"{caption}, and its change by {method_name(leading).lower()}: largest losses first"
+    found = [Table(first, head, rows[:_CLASSES]), Table(f"{caption}, the others", head, rows[_CLASSES:])]
+    return [one for one in found if one.rows]
