@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,57 +52,66 @@ SCHEMA = pa.schema(
 )
 
 
+@dataclass(frozen=True)
+class Made:
+    """How an evaluation is made up: with labels and class embeddings, latency and retrieval, golden rankings or not."""
+
+    preprocess: dict[str, Any] = field(default_factory=lambda: PREPROCESS)
+    model: str = "embedded"
+    labels: bool = True
+    latency: bool = True
+    ranked: bool = True
+    multiply_adds: float = 20e6
+
+
 def write(
     folder: Path,
     uris: Sequence[str],
     class_names: Sequence[str],
     images: int = 40,
     grid: tuple[int, int] = (14, 14),
-    preprocess: dict[str, Any] = PREPROCESS,
-    model: str = "embedded",
-    labels: bool = True,
-    latency: bool = True,
-    ranked: bool = True,
-    multiply_adds: float = 20e6,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Write `folder/evaluation` and, where `ranked`, `folder/rankings`.
+    """Write `folder/evaluation` and, where it is `ranked`, `folder/rankings`.
 
     Args:
         images: how many of each shard.
-        labels: with labels and class embeddings.
-        latency: with latency and retrieval.
+        options: of `Made`.
 
     Returns:
         The content of figures.json.
     """
+    made = Made(**options)
     uris = [storage.absolute(uri) for uri in uris]
     rng = np.random.default_rng(0)
     out = folder / "evaluation"
     out.mkdir(parents=True)
-    parts = [_shard(uri, images, grid, len(class_names), labels, folder if ranked else None, rng) for uri in uris]
+    parts = [
+        _shard(uri, images, grid, len(class_names), made.labels, folder if made.ranked else None, rng) for uri in uris
+    ]
     for uri, rows in zip(uris, parts, strict=True):
         pq.write_table(pa.Table.from_pylist(rows, SCHEMA), out / file_name(uri))
     every = [row for rows in parts for row in rows]
-    lines = [_figure(every, method, keep, multiply_adds) for method, keep in _settings()]
+    lines = [_figure(every, method, keep, made.multiply_adds) for method, keep in _settings()]
     figures = {
         "model": {
-            "name": model,
+            "name": made.model,
             "pretrained": None,
             "weights": "0123456789abcdef",
             "cut": 3,
             "grid": list(grid),
             "dtype": "float32",
-            "preprocess": preprocess,
+            "preprocess": made.preprocess,
         },
-        "class_names": list(class_names) if labels else None,
+        "class_names": list(class_names) if made.labels else None,
         "shards": uris,
-        "rankings": str(folder / "rankings") if ranked else None,
+        "rankings": str(folder / "rankings") if made.ranked else None,
         "device": "a made-up CPU, 2 cores",
         "images": len({(row["shard"], row["key"]) for row in every}),
         "figures": lines,
-        "classes": _classes(every, class_names) if labels else [],
-        "latency": _latency() if latency else [],
-        "retrieval": _retrieval() if latency else [],
+        "classes": _classes(every, class_names) if made.labels else [],
+        "latency": _latency() if made.latency else [],
+        "retrieval": _retrieval() if made.latency else [],
     }
     settings = {"settings": {"about": {"shards": uris}}, "fingerprint": "0123456789abcdef"}
     (out / "evaluation.json").write_text(json.dumps(settings))
