@@ -65,7 +65,7 @@ class Places:
 
     def room(self) -> int:
         """How many actors there is room for by now, with the nodes that have joined; as many as were asked for."""
-        return self.actors if self.fixed else sum(_fit(node, self.cpus, self.gpus) for node in _nodes())
+        return self.actors if self.fixed else sum(_fit(node, self.cpus, self.gpus) for node in alive())
 
 
 @contextlib.contextmanager
@@ -83,9 +83,9 @@ def connected(machines: Machines, shards: int = 1, *, together: bool = False) ->
     """
     address = machines.address or os.environ.get("RAY_ADDRESS") or "local"
     actors, cpus = machines.actors, machines.cpus_per_actor
-    _connect(address, (actors or 1) * (cpus or 1) if actors or cpus else None)
+    connect(address, (actors or 1) * (cpus or 1) if actors or cpus else None)
     try:
-        places, room = _places(machines, shards, together)
+        places, room = share_out(machines, shards, together)
         needed = places.actors if together else 1
         wanted = f"{needed} actors, each of {places}" if needed > 1 else f"an actor of {places}"
         found = f", only for {room}" if room else ""
@@ -98,7 +98,8 @@ def connected(machines: Machines, shards: int = 1, *, together: bool = False) ->
         ray.shutdown()
 
 
-def _connect(address: str, cores_wanted: int | None) -> None:
+def connect(address: str, cores_wanted: int | None) -> None:
+    """Connect to Ray, to a local one with so many cores at least. Raises UserError where that cannot be."""
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
         # Ray counts the cores that this process may use; a wish for more actors than cores is granted.
@@ -122,10 +123,10 @@ def _connect(address: str, cores_wanted: int | None) -> None:
         raise UserError(f"--address {address}: no Ray to join there ({reason})") from None
 
 
-def _places(machines: Machines, shards: int, together: bool) -> tuple[Places, int]:
-    """What actors take, and how many of them the cluster has room for now."""
+def share_out(machines: Machines, shards: int, together: bool) -> tuple[Places, int]:
+    """What actors take, and how many of them the cluster has room for now; arguments and errors as of `connected`."""
     actors, cpus, gpus = machines.actors, machines.cpus_per_actor, machines.gpus_per_actor
-    nodes = _nodes()
+    nodes = alive()
     if gpus is None:
         if not any(node.get("CPU", 0) for node in nodes):
             raise UserError(
@@ -145,8 +146,8 @@ def _places(machines: Machines, shards: int, together: bool) -> tuple[Places, in
     return Places(actors or max(1, room), cpus, gpus, fixed=actors is not None), room
 
 
-def _nodes() -> list[dict[str, float]]:
-    """What each node has."""
+def alive() -> list[dict[str, float]]:
+    """What each node has that is up."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 

@@ -191,7 +191,7 @@ def _read_rankings(evaluation: Evaluation, wanted: Sequence[Shown], notes: list[
 def _read_images(evaluation: Evaluation, wanted: Sequence[Shown], notes: list[str]) -> None:
     if not wanted:
         return
-    crop = _crop(evaluation)
+    crop = cropping(evaluation)
     for shard, mine in _by_shard(wanted).items():
         missing = dict(mine)
         try:
@@ -213,7 +213,7 @@ def _read_images(evaluation: Evaluation, wanted: Sequence[Shown], notes: list[st
             )
 
 
-def _crop(evaluation: Evaluation) -> Callable[[Image.Image], np.ndarray]:
+def cropping(evaluation: Evaluation) -> Callable[[Image.Image], np.ndarray]:
     """A function from an image to what the model sees of it, (H, W, 3) uint8."""
     import open_clip  # takes seconds to import
 

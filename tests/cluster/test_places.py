@@ -25,26 +25,26 @@ GPU = {"CPU": 8.0, "GPU": 4.0}
     ],
 )
 def test_cores_are_shared_out_so_that_all_find_room(monkeypatch, cores, actors, shards, expected):
-    monkeypatch.setattr(places, "_nodes", lambda: [{"CPU": float(count)} for count in cores])
-    found, room = places._places(Machines(actors=actors), shards or 1, together=shards is None)
+    monkeypatch.setattr(places, "alive", lambda: [{"CPU": float(count)} for count in cores])
+    found, room = places.share_out(Machines(actors=actors), shards or 1, together=shards is None)
     assert (found.actors, found.cpus) == expected and found.gpus == 0
     assert room >= found.actors
 
 
 @pytest.mark.parametrize("nodes", [[], [{"memory": 8e9}]])  # no machine yet, or a head without cores
 def test_before_a_machine_is_up_its_gpus_are_not_guessed(monkeypatch, nodes):
-    monkeypatch.setattr(places, "_nodes", lambda: nodes)
+    monkeypatch.setattr(places, "alive", lambda: nodes)
     with pytest.raises(UserError, match="no machine of the cluster is up yet"):
-        places._places(Machines(), 1000, together=False)
+        places.share_out(Machines(), 1000, together=False)
     for gpus in (0, 1):
-        found, room = places._places(Machines(actors=8, gpus_per_actor=gpus), 1000, together=False)
+        found, room = places.share_out(Machines(actors=8, gpus_per_actor=gpus), 1000, together=False)
         assert (found.actors, found.cpus, found.gpus, room) == (8, 1, gpus, 0)
 
 
 @pytest.mark.parametrize("together", [False, True])
 def test_who_works_together_is_not_begun_with_less_room(monkeypatch, capsys, together):
-    monkeypatch.setattr(places, "_connect", lambda *_: None)
-    monkeypatch.setattr(places, "_nodes", lambda: [GPU])
+    monkeypatch.setattr(places, "connect", lambda *_: None)
+    monkeypatch.setattr(places, "alive", lambda: [GPU])
     with connected(Machines("cluster:6379", 5), 1000, together=together) as found:
         assert (found.actors, found.cpus, found.gpus) == (5, 1, 1)
     warning = "the cluster has no room for 5 actors, each of 1 CPUs and 1 GPUs, only for 4; waiting until it has"

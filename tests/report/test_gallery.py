@@ -130,4 +130,4 @@ def test_damaged_rows_are_refused(evaluation, tmp_path):
         content["model"]["preprocess"] = preprocess
         (folder / "figures.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match=r"figures\.json: its preprocess is damaged"):
-            report_gallery._crop(report_data.read(str(folder)))
+            report_gallery.cropping(report_data.read(str(folder)))
