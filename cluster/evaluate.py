@@ -6,7 +6,7 @@ import copy
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,10 @@ from cluster.rank import Summary, about, model_settings, work_through
 from patchrank.data import pairs, shards
 from patchrank.data.images import MAX_PIXELS
 from patchrank.errors import UserError
-from patchrank.evaluation import figures
+from patchrank.evaluation import figures, record
 from patchrank.evaluation.evaluate import EvaluationConfig
 from patchrank.evaluation.latency import Timing
+from patchrank.evaluation.record import Latency, Record
 from patchrank.flags import at_least, flag, group
 from patchrank.model import class_source, loading
 from patchrank.model.class_source import ClassSource, FoundClasses
@@ -104,9 +105,9 @@ class EvaluationJob:
 
 @dataclass
 class EvaluationSummary(Summary):
-    """The outcome of `run`; `content` is that of figures.json, empty where no image was evaluated."""
+    """The outcome of `run`; `record` is None until it is through."""
 
-    content: dict[str, Any] = field(default_factory=dict)
+    record: Record | None = None
 
 
 @dataclass(frozen=True)
@@ -180,12 +181,12 @@ def run(job: EvaluationJob) -> EvaluationSummary:
         if not there:
             shard, reason = min(summary.failures.items())
             raise UserError(f"{shard}: {reason}" + ("; no other shard has a table either" if len(uris) > 1 else ""))
-        summary.content = _sum_up(job, found, uris, there, folder.uri, pool)
-        figures.write(folder.uri, summary.content)
+        summary.record = _sum_up(job, found, uris, there, folder.uri, pool)
+        summary.record.write(folder.uri)
     save_bundle = job.pruning.save_bundle
     if save_bundle and found.bundle is not None:
         own = [UNPRUNED, *(name for name, entry in METHODS.items() if Need.PREDICTOR in entry.needs)]
-        rows = [row for row in summary.content["figures"] if row["method"] in own]
+        rows = [asdict(row) for row in summary.record.figures if row.method in own]
         try:
             found.bundle.with_figures(rows).save_pretrained(save_bundle)
         except OSError as error:
@@ -241,15 +242,11 @@ def _settings(job: EvaluationJob, found: _Setting) -> dict[str, Any]:
     }
 
 
-def _sum_up(
-    job: EvaluationJob, found: _Setting, uris: list[str], there: list[str], folder: str, pool: Pool
-) -> dict[str, Any]:
-    """The content of figures.json: of the job's shards alone, whatever others have tables in the folder."""
+def _sum_up(job: EvaluationJob, found: _Setting, uris: list[str], there: list[str], folder: str, pool: Pool) -> Record:
+    """The record of the job's shards alone, whatever others have tables in the folder."""
     tower, model = found.tower, found.model
-    rows = figures.figures(folder, there, found.methods)
     cost = _costs(found)
-    for row in rows:
-        row["multiply_adds"], row["counted"] = cost(row["method"], row["keep"])
+    rows = figures.figures(folder, there, found.methods, cost)
     latency, device = _latency(job, found, pool, cost)
 
     def encode(captions: list[str]) -> np.ndarray:
@@ -260,26 +257,26 @@ def _sum_up(
                 parts.append(F.normalize(model.clip.encode_text(texts).float(), dim=-1))
         return torch.cat(parts).numpy()
 
-    return {
-        "model": {
-            "name": model.name,
-            "pretrained": job.model.pretrained,
-            "weights": model.weights,
-            "cut": tower.cut,
-            "grid": list(tower.grid),
-            "dtype": loading.dtype_name(tower.dtype),
-            "preprocess": dict(model.visual.preprocess_cfg),
-        },
-        "class_names": found.classes.names,
-        "shards": uris,
-        "rankings": None if found.corpus is None else found.corpus.folder,
-        "device": device,
-        "images": rows[0]["images"],
-        "figures": rows,
-        "classes": figures.by_class(folder, there, found.classes.names),
-        "latency": latency,
-        "retrieval": figures.retrieval(folder, there, encode) if model.has_text else [],
-    }
+    return Record(
+        model=record.Model(
+            name=model.name,
+            pretrained=job.model.pretrained,
+            weights=model.weights,
+            cut=tower.cut,
+            grid=tower.grid,
+            dtype=loading.dtype_name(tower.dtype),
+            preprocess=dict(model.visual.preprocess_cfg),
+        ),
+        class_names=found.classes.names,
+        shards=uris,
+        rankings=None if found.corpus is None else found.corpus.folder,
+        device=device,
+        images=rows[0].images,
+        figures=rows,
+        classes=figures.by_class(folder, there, found.classes.names),
+        latency=latency,
+        retrieval=figures.retrieval(folder, there, encode) if model.has_text else [],
+    )
 
 
 _Costs = Callable[[str, float], tuple[int, int]]
@@ -300,7 +297,7 @@ def _costs(found: _Setting) -> _Costs:
     return cost
 
 
-def _latency(job: EvaluationJob, found: _Setting, pool: Pool, cost: _Costs) -> tuple[list[dict[str, Any]], str]:
+def _latency(job: EvaluationJob, found: _Setting, pool: Pool, cost: _Costs) -> tuple[list[Latency], str]:
     """What one actor measures, once the others have nothing to do, and what it is."""
     plan = LatencyPlan(
         methods=tuple(name for name in found.methods if METHODS[name].timed),
@@ -314,5 +311,5 @@ def _latency(job: EvaluationJob, found: _Setting, pool: Pool, cost: _Costs) -> t
             )
         measured, device = result
         full, _ = cost(UNPRUNED, 1.0)
-        return [row | {"predicted": full / cost(row["method"], row["keep"])[0]} for row in measured], device
+        return [replace(row, predicted=full / cost(row.method, row.keep)[0]) for row in measured], device
     raise AssertionError("the pool answers for every item")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from patchrank.data.shard_job import ShardResult
 from patchrank.evaluation import latency
 from patchrank.evaluation.evaluate import EvaluationConfig, ShardEvaluator
 from patchrank.evaluation.latency import Timing
+from patchrank.evaluation.record import Latency
 from patchrank.model.kinds import adapt
 from patchrank.pruning import methods
 from patchrank.pruning.bundle import Bundle
@@ -69,7 +69,7 @@ class EvaluationActor(TowerActor):
 
         return self._made(shard, plan.folder, work)
 
-    def latency(self, shared: Shared, item: str, plan: LatencyPlan) -> tuple[list[dict[str, Any]], str]:
+    def latency(self, shared: Shared, item: str, plan: LatencyPlan) -> tuple[list[Latency], str]:
         """Seconds a batch and speed-up of every method at every keep rate and batch size, and the device's name."""
         tower, _ = self._load(shared)
         visual = copy.deepcopy(tower.visual)
@@ -80,21 +80,11 @@ class EvaluationActor(TowerActor):
                 made = pruned_tower(name, visual, tower.cut, keep, plan.bundle)
                 towers[name, keep] = made.to(tower.device).eval()
         names = {f"{name} {keep}": (name, keep) for name, keep in towers}
-        rows: list[dict[str, Any]] = []
+        rows = []
         for batch in plan.timing.batch_sizes:
             images = torch.randn(batch, 3, *visual.image_size, device=tower.device, dtype=tower.dtype)
             timed = latency.measure({name: towers[names[name]] for name in names}, images, plan.timing.seconds)
             for one in timed[1:]:
                 method, keep = names[one.name]
-                rows.append(
-                    {
-                        "method": method,
-                        "keep": keep,
-                        "batch": batch,
-                        "seconds": one.seconds,
-                        "unpruned_seconds": timed[0].seconds,
-                        "speedup": one.speedup,
-                        "rounds": one.rounds,
-                    }
-                )
+                rows.append(Latency(method, keep, batch, one.seconds, timed[0].seconds, one.speedup, one.rounds))
         return rows, latency.device_name(tower.device, torch.get_num_threads())

@@ -19,6 +19,7 @@ from cluster.evaluate import EvaluationJob, EvaluationSummary
 from cluster.evaluate import run as evaluate
 from patchrank import assets, flags
 from patchrank.errors import UserError, run
+from patchrank.evaluation.record import RECALLS
 from patchrank.pruning.comparison import Row, render
 from patchrank.store import rankings
 
@@ -47,37 +48,34 @@ def job(args: argparse.Namespace) -> EvaluationJob:
 
 def show(summary: EvaluationSummary, save_bundle: str | None) -> None:
     """Print the figures, what failed, and what to do next."""
-    content = summary.content
+    found = summary.record
+    assert found is not None  # the evaluation has come to its end
     names = ("method", "keep", "images", "top1", "cosine", "matching")
-    print(render([Row(**{name: row[name] for name in names}) for row in content["figures"]]))
-    width = max(len(row["method"]) for row in content["figures"])
+    print(render([Row(**{name: getattr(one, name) for name in names}) for one in found.figures]))
+    width = max(len(one.method) for one in found.figures)
     print(f"\n{'multiply-adds, G':<{width + 7}}")
-    for row in content["figures"]:
-        counted = "" if row["counted"] == row["multiply_adds"] else f", but PyTorch counts {row['counted'] / 1e9:.4f}"
-        print(f"{row['method']:<{width}} {row['keep']:>5g} {row['multiply_adds'] / 1e9:10.4f}{counted}")
-    if content["latency"]:
+    for one in found.figures:
+        counted = "" if one.counted == one.multiply_adds else f", but PyTorch counts {(one.counted or 0) / 1e9:.4f}"
+        print(f"{one.method:<{width}} {one.keep:>5g} {one.multiply_adds / 1e9:10.4f}{counted}")
+    if found.latency:
         print(f"\n{'speed-up':<{width}}  keep  batch      ms  unpruned ms  measured  by multiply-adds")
-    for row in content["latency"]:
-        times = f"{1000 * row['seconds']:8.1f}{1000 * row['unpruned_seconds']:13.1f}"
-        print(
-            f"{row['method']:<{width}} {row['keep']:>5g} {row['batch']:>6}{times}"
-            f"{row['speedup']:10.2f}{row['predicted']:17.2f}"
-        )
-    if content["retrieval"]:
+    for time in found.latency:
+        times = f"{1000 * time.seconds:8.1f}{1000 * time.unpruned_seconds:13.1f}{time.speedup:10.2f}"
+        print(f"{time.method:<{width}} {time.keep:>5g} {time.batch:>6}{times}{time.predicted or 0:17.2f}")
+    if found.retrieval:
         print(f"\n{'retrieval, %':<{width}}  keep  image to text at 1, 5, 10   text to image at 1, 5, 10")
-    for row in content["retrieval"]:
-        recalls = ("   ".join(f"{100 * row[way][k]:5.1f}" for k in ["1", "5", "10"]) for way in _WAYS)
-        print(f"{row['method']:<{width}} {row['keep']:>5g}  " + "      ".join(recalls))
-    print(f"\n{content['images']} images of {len(content['shards'])} shards; timed on {content['device']}")
+    for way in found.retrieval:
+        recalls = (
+            "   ".join(f"{100 * (by[k] or 0):5.1f}" for k in RECALLS) for by in (way.image_to_text, way.text_to_image)
+        )
+        print(f"{way.method:<{width}} {way.keep:>5g}  " + "      ".join(recalls))
+    print(f"\n{found.images} images of {len(found.shards)} shards; timed on {found.device}")
     print(f"evaluation    {summary.folder}")
     for shard, reason in sorted(summary.failures.items()):
         print(f"error: {shard}: {reason}", file=sys.stderr)
     if save_bundle:
         print(f'bundle        {save_bundle}: patchrank.prune(model, "{save_bundle}")')
     print(f"next          python jobs/report.py {summary.folder}")
-
-
-_WAYS = ("image_to_text", "text_to_image")
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "jobs/evaluate.py") -> int:

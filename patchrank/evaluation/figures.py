@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,10 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from patchrank.errors import UserError
+from patchrank.evaluation.record import RECALLS, ClassFigure, Figure, Retrieval
 from patchrank.pruning.methods import UNPRUNED
 from patchrank.store import storage
 
-FILE = "figures.json"
-RECALLS = (1, 5, 10)
 _BLOCK = 4096  # rows of a similarity matrix that are there at a time
 
 _FIGURES = """
@@ -35,13 +33,16 @@ _CLASSES = """
 """
 
 
-def figures(folder: str, names: Sequence[str], order: Sequence[str]) -> list[dict[str, Any]]:
-    """By method and keep rate: images, labelled, top1, top5, cosine and matching; None where there is nothing to tell.
+def figures(
+    folder: str, names: Sequence[str], order: Sequence[str], cost: Callable[[str, float], tuple[int, int]]
+) -> list[Figure]:
+    """By method and keep rate.
 
     Args:
         folder: of an evaluation, local, s3:// or gs://.
         names: of the tables to sum up, one at least.
         order: of the methods.
+        cost: from a method and a keep rate to multiply-adds of an image, by the formula and as PyTorch counts them.
 
     Raises:
         UserError: they hold no rows, or cannot be read.
@@ -50,19 +51,23 @@ def figures(folder: str, names: Sequence[str], order: Sequence[str]) -> list[dic
     if not rows:
         raise UserError(f"{folder}: no image was evaluated; its rejects say why")
     place = {name: number for number, name in enumerate([UNPRUNED, *order])}
-    return sorted(rows, key=lambda row: (place.get(row["method"], len(place)), -row["keep"]))
+    found = []
+    for row in sorted(rows, key=lambda row: (place.get(row["method"], len(place)), -row["keep"])):
+        multiply_adds, counted = cost(row["method"], row["keep"])
+        found.append(Figure(**row, multiply_adds=multiply_adds, counted=counted))
+    return found
 
 
-def by_class(folder: str, names: Sequence[str], class_names: Sequence[str] | None) -> list[dict[str, Any]]:
-    """By label, method and keep rate: name, images and top1, of the labelled images that were classified."""
+def by_class(folder: str, names: Sequence[str], class_names: Sequence[str] | None) -> list[ClassFigure]:
+    """By label, method and keep rate, of the labelled images that were classified."""
     known = class_names or []
     return [
-        row | {"name": known[row["label"]] if 0 <= row["label"] < len(known) else str(row["label"])}
+        ClassFigure(**row, name=known[row["label"]] if 0 <= row["label"] < len(known) else str(row["label"]))
         for row in _query(folder, names, _CLASSES)
     ]
 
 
-def retrieval(folder: str, names: Sequence[str], encode: Callable[[list[str]], np.ndarray]) -> list[dict[str, Any]]:
+def retrieval(folder: str, names: Sequence[str], encode: Callable[[list[str]], np.ndarray]) -> list[Retrieval]:
     """Recall at 1, 5 and 10 from images to captions and back, by method and keep rate; nothing without captions.
 
     From image to text any of the image's own captions counts; from text to image, the image it is of.
@@ -93,29 +98,24 @@ def retrieval(folder: str, names: Sequence[str], encode: Callable[[list[str]], n
         flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         vectors[rows] = flat.reshape(len(rows), -1)
         result.append(
-            {
-                "method": method,
-                "keep": keep,
-                "images": len(images),
-                "captions": len(owner),
-                "image_to_text": _recall(vectors, texts, lambda image, text: owner[text] == image[:, None]),
-                "text_to_image": _recall(texts, vectors, lambda text, image: owner[text][:, None] == image),
-            }
+            Retrieval(
+                method=method,
+                keep=keep,
+                images=len(images),
+                captions=len(owner),
+                image_to_text=_recall(vectors, texts, lambda image, text: owner[text] == image[:, None]),
+                text_to_image=_recall(texts, vectors, lambda text, image: owner[text][:, None] == image),
+            )
         )
     return result
 
 
-def write(folder: str, content: Mapping[str, Any]) -> None:
-    """Write figures.json. Raises OSError."""
-    storage.write_atomic(storage.join(folder, FILE), json.dumps(content, indent=1).encode() + b"\n")
-
-
 def _recall(
     queries: np.ndarray, gallery: np.ndarray, matches: Callable[[np.ndarray, np.ndarray], np.ndarray]
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """The share of queries that find one of theirs among the k nearest: (Q, E), (G, E) -> by k."""
-    found = dict.fromkeys(RECALLS, 0)
-    most = min(max(RECALLS), len(gallery))
+    found = dict.fromkeys(map(int, RECALLS), 0)
+    most = min(max(found), len(gallery))
     for start in range(0, len(queries), _BLOCK):
         rows = np.arange(start, min(start + _BLOCK, len(queries)))  # (q,)
         similar = queries[rows] @ gallery.T  # (q, G)
@@ -123,7 +123,7 @@ def _recall(
         order = np.take_along_axis(similar, nearest, axis=1).argsort(axis=1)[:, ::-1]
         nearest = np.take_along_axis(nearest, order, axis=1)  # (q, 10), the nearest first
         right = matches(rows, nearest)  # (q, 10)
-        for k in RECALLS:
+        for k in found:
             found[k] += int(right[:, :k].any(axis=1).sum())
     return {str(k): count / len(queries) for k, count in found.items()}
 

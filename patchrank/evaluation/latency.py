@@ -30,7 +30,7 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Latency:
+class Timed:
     """How long one tower takes for one batch size.
 
     Attributes:
@@ -51,7 +51,7 @@ class Latency:
 @torch.no_grad()
 def measure(
     towers: Mapping[str, nn.Module], images: Tensor, seconds: float = 5.0, least: int = 3, most: int = 50
-) -> list[Latency]:
+) -> list[Timed]:
     """Time towers in turn, again and again, so that what else the machine does meets all of them alike.
 
     Args:
@@ -71,7 +71,7 @@ def measure(
         rounds += 1
     whole = next(iter(taken.values()))
     return [
-        Latency(
+        Timed(
             name,
             len(images),
             statistics.median(times),

@@ -16,7 +16,7 @@ from PIL import Image
 
 from patchrank.data import images, shards
 from patchrank.errors import UserError
-from patchrank.evaluation import figures
+from patchrank.evaluation import record
 from patchrank.pruning.methods import METHODS
 from patchrank.report.data import UNPRUNED, Evaluation, at_keep
 from patchrank.store import rankings, storage
@@ -223,7 +223,7 @@ def cropping(evaluation: Evaluation) -> Callable[[Image.Image], np.ndarray]:
         transform = open_clip.transform.image_transform_v2(config, is_train=False)
         mean, std = (np.array(value, dtype=np.float32).reshape(3, 1, 1) for value in (config.mean, config.std))
     except Exception as error:  # torchvision raises what it likes
-        path = storage.join(evaluation.folder, figures.FILE)
+        path = storage.join(evaluation.folder, record.FILE)
         raise UserError(f"{path}: its preprocess is damaged ({storage.one_line(error)})") from None
 
     def crop(image: Image.Image) -> np.ndarray:

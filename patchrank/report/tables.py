@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from patchrank.report.data import RECALLS, UNPRUNED, Evaluation, Figure, in_order, method_name, same, unit
+from patchrank.evaluation.record import RECALLS, Figure
+from patchrank.report.data import UNPRUNED, Evaluation, in_order, method_name, same, unit
 
 NONE, TIMES, MINUS = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
 _CLASSES = 12  # rows of the class table that are not folded
@@ -130,7 +131,7 @@ def retrieval(evaluation: Evaluation) -> Table:
     rows = [
         [
             *(method_name(one.method), f"{one.keep:g}", f"{one.images:,}", f"{one.captions:,}"),
-            *(percent(recall, one.images) for recall in (*one.image_to_text, *one.text_to_image)),
+            *(percent(way.get(k), one.images) for way in (one.image_to_text, one.text_to_image) for k in RECALLS),
         ]
         for one in lines
     ]
