@@ -10,8 +10,8 @@ import ray
 from cluster.actor import Shared
 from cluster.places import Places, connected
 from cluster.pool import Failed, Pool
-from cluster.rank import SearchJob, images_per_batch, settings
-from cluster.ranking_actor import Plan, RankingActor, Timing
+from cluster.rank import SearchJob, plan_of, settings
+from cluster.ranking_actor import RankingActor, Timing
 from patchrank.data import shards
 from patchrank.errors import UserError
 from patchrank.model import loading
@@ -82,16 +82,7 @@ def estimate(job: SearchJob) -> Estimate:
         searcher = Searcher(tower, config, keep_rates=job.keep_rates)
         actors = min(places.actors, len(todo))
         shared = Shared(ray.put(tower), ray.put(model.preprocess()), places, job.max_pixels)
-        plan = Plan(
-            folder=folder,
-            config=config,
-            keep_rates=tuple(job.keep_rates),
-            classes=None,
-            logit_scale=model.logit_scale,
-            images_per_batch=images_per_batch(job, places),
-            candidates_per_batch=job.candidates_per_batch,
-            limit=job.limit,
-        )
+        plan = replace(plan_of(job, folder, model, places), config=config)
         timings = []
         if todo:
             pool = Pool(RankingActor, shared, actors, places.cpus, places.gpus, (), places.room)

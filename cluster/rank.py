@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import ray
@@ -117,25 +117,27 @@ def search(job: SearchJob) -> SearchSummary:
         size = min(places.actors, max(len(todo), len(prototypes)))
         at_once = 2 if places.gpu else 1  # a CPU decodes with the very cores that search
         pool = Pool(RankingActor, shared, size, places.cpus, places.gpus, (OutputError,), places.room, at_once=at_once)
-        known = settle(pool, classes, folder.uri, images_per_batch(job, places))
-        plan = Plan(
-            folder=folder,
-            config=job.config,
-            keep_rates=tuple(job.keep_rates),
-            classes=known.embeddings if known else None,
-            logit_scale=model.logit_scale,
-            images_per_batch=images_per_batch(job, places),
-            candidates_per_batch=job.candidates_per_batch,
-            limit=job.limit,
-        )
+        plan = plan_of(job, folder, model, places)
+        known = settle(pool, classes, folder.uri, plan.images_per_batch)
+        plan = replace(plan, classes=known.embeddings if known else None)
         work_through(pool, "rank", folder, ray.put(plan), todo, summary, job.limit)
         summary.seconds = time.monotonic() - start
     return summary
 
 
-def images_per_batch(job: SearchJob, places: Places) -> int:
-    """Images that an actor searches at a time: as told, or many on a GPU, and on a CPU so few that progress shows."""
-    return job.images_per_batch or (64 if places.gpu else 4)
+def plan_of(job: SearchJob, folder: Folder, model: Model, places: Places) -> Plan:
+    """What an actor must know, without class embeddings."""
+    return Plan(
+        folder=folder,
+        config=job.config,
+        keep_rates=tuple(job.keep_rates),
+        classes=None,
+        logit_scale=model.logit_scale,
+        # As told, or many on a GPU, and on a CPU so few that progress shows.
+        images_per_batch=job.images_per_batch or (64 if places.gpu else 4),
+        candidates_per_batch=job.candidates_per_batch,
+        limit=job.limit,
+    )
 
 
 def work_through(

@@ -20,7 +20,7 @@ from cluster.evaluate import run as evaluate
 from patchrank import assets, flags
 from patchrank.errors import UserError, run
 from patchrank.evaluation.record import RECALLS
-from patchrank.pruning.comparison import Row, render
+from patchrank.pruning.comparison import render
 from patchrank.store import rankings
 
 
@@ -50,8 +50,7 @@ def show(summary: EvaluationSummary, save_bundle: str | None) -> None:
     """Print the figures, what failed, and what to do next."""
     found = summary.record
     assert found is not None  # the evaluation has come to its end
-    names = ("method", "keep", "images", "top1", "cosine", "matching")
-    print(render([Row(**{name: getattr(one, name) for name in names}) for one in found.figures]))
+    print(render(found.figures))
     width = max(len(one.method) for one in found.figures)
     print(f"\n{'multiply-adds, G':<{width + 7}}")
     for one in found.figures:

@@ -17,7 +17,8 @@ from jobs import training
 from patchrank import flags
 from patchrank.errors import run
 from patchrank.pruning.predictor import NAME, PredictorConfig
-from patchrank.training.tasks import ImageSource, PredictorTask
+from patchrank.training.images import ImageSource
+from patchrank.training.tasks import PredictorTask
 
 DEFAULT = TrainingConfig("predictor", epochs=10, batch=64, learning_rate=3e-3)
 

@@ -19,7 +19,8 @@ from patchrank.errors import UserError, run
 from patchrank.flags import flag
 from patchrank.pruning import predictor
 from patchrank.pruning.prompts import NAME, PromptedText, TokensConfig
-from patchrank.training.tasks import ImageSource, TokensTask
+from patchrank.training.images import ImageSource
+from patchrank.training.tasks import TokensTask
 
 DEFAULT = TrainingConfig("tokens", epochs=5, batch=64, learning_rate=2e-2)
 

@@ -10,8 +10,8 @@ from cluster.train import TrainingConfig, TrainingSummary, train
 from cluster.training_worker import Task
 from patchrank.model import artifacts
 from patchrank.model.loading import Model
+from patchrank.training.images import ImageSource, RankedImages, open_images
 from patchrank.training.outcome import Figures
-from patchrank.training.tasks import ImageSource, RankedImages, open_images
 
 
 def opened(source: ImageSource, seed: int) -> tuple[RankedImages, Model]:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -201,8 +202,8 @@ class Comparison:
         return {"labelled": labelled.sum().item(), "hits": (labelled & (prediction == batch.labels)).sum().item()}
 
 
-def render(rows: Sequence[Row]) -> str:
-    """The rows as a table for a terminal: a line a method, top-1 in %, cosine and matching rate in % by keep rate."""
+def render(rows: Sequence[Any]) -> str:
+    """Rows, or others that tell as much, as a table for a terminal: top-1, cosine, matching rate, a line a method."""
     keep_rates = list(dict.fromkeys(row.keep for row in rows if row.method != UNPRUNED))
     figures = (
         ("top-1, %", "top1", "{:.1f}"),

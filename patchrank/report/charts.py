@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from patchrank.errors import UserError
@@ -120,47 +121,39 @@ def _plots(evaluation: Evaluation) -> Iterable[_Plot]:
     def cosine(one: Figure) -> float | None:
         return one.cosine
 
+    against_cost = partial(_Plot, note="The star and the dotted line are the unpruned model.", x=cost, at=place)
+    against_keep = partial(_Plot, x=_KEEP, ticks=ticks)
     if evaluation.labelled:
-        yield _Plot(
+        yield against_cost(
             name="top1-by-multiply-adds",
             title="Accuracy against cost",
-            note="The star and the dotted line are the unpruned model.",
-            x=cost,
             y=_ACCURACY,
             digits=1,
             lines=lines(by_cost, percent),
             level=level,
-            at=place,
         )
-        yield _Plot(
+        yield against_keep(
             name="top1-by-keep",
             title="Accuracy against keep rate",
             note="The dotted line is the unpruned model.",
-            x=_KEEP,
-            ticks=ticks,
             y=_ACCURACY,
             digits=1,
             lines=lines(by_keep, percent),
             level=level,
         )
     else:
-        yield _Plot(
+        yield against_cost(
             name="cosine-by-multiply-adds",
             title="Cosine against cost",
-            note="The star and the dotted line are the unpruned model.",
-            x=cost,
             y=_COSINE,
             digits=4,
             lines=lines(by_cost, cosine),
             level=1.0,
-            at=place,
         )
-    yield _Plot(
+    yield against_keep(
         name="cosine-by-keep",
         title="Cosine against keep rate",
         note="1 would be the embedding of the unpruned model.",
-        x=_KEEP,
-        ticks=ticks,
         y=_COSINE,
         digits=4,
         lines=lines(by_keep, cosine),
@@ -175,12 +168,10 @@ def _plots(evaluation: Evaluation) -> Iterable[_Plot]:
                 speed.setdefault(one.method, []).append((one.keep, one.speedup))
                 if one.predicted is not None:
                     expected.setdefault(one.method, []).append((one.keep, one.predicted))
-        yield _Plot(
+        yield against_keep(
             name="speedup-by-keep",
             title="Speed-up against keep rate",
             note=f"On batches of {batch}; thin lines: by multiply-adds alone.",
-            x=_KEEP,
-            ticks=ticks,
             y="speed-up over the unpruned model, times",
             digits=2,
             lines={method: sorted(speed[method]) for method in evaluation.methods if method in speed},

@@ -13,7 +13,7 @@ from cluster.train import TrainingConfig
 from jobs import evaluate, make_shards, query, report, search, status, train_predictor, train_tokens
 from patchrank import assets, flags
 from patchrank.errors import UserError
-from patchrank.training.tasks import ImageSource
+from patchrank.training.images import ImageSource
 
 RATES = [0.8, 0.7, 0.6, 0.5, 0.4]
 CLASSES = {"classes": None, "templates": ["photo"], "class_embeddings": None, "prototypes": []}

@@ -30,7 +30,8 @@ from patchrank.pruning.bundle import Bundle
 from patchrank.pruning.comparison import Comparison
 from patchrank.pruning.prompts import PromptedText, TokensConfig
 from patchrank.store import rankings
-from patchrank.training.tasks import ImageSource, TokensTask, open_images
+from patchrank.training.images import ImageSource, open_images
+from patchrank.training.tasks import TokensTask
 
 pytest_plugins = ["shared_ray"]
 
