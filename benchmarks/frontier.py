@@ -37,6 +37,7 @@ from patchrank.data.images import decode
 from patchrank.data.pair_batches import PairBatch
 from patchrank.data.progress import Progress
 from patchrank.data.prototypes import class_sums
+from patchrank.data.shard_job import Reading
 from patchrank.errors import UserError, run
 from patchrank.model import classes, loading
 from patchrank.model.loading import Model
@@ -170,7 +171,7 @@ def prototypes(args: argparse.Namespace, tower: Tower, model: Model) -> Tensor:
         parts = []
         for uri in tqdm(uris, desc="prototypes", disable=not sys.stderr.isatty()):
             with shards.readable(uri):
-                parts.append(class_sums(tower, uri, model.preprocess(), len(names), 16, Progress()))
+                parts.append(class_sums(tower, uri, Reading(model.preprocess(), num_classes=len(names)), Progress()))
         sums, counts = (torch.stack(column).sum(dim=0) for column in zip(*parts, strict=True))  # (K, E), (K,)
         known = classes.from_sums(sums, counts, identity, names)
         classes.save(kept, known)

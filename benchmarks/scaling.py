@@ -42,6 +42,7 @@ from cluster.ranking_actor import Plan, RankingActor
 from patchrank import assets
 from patchrank.data.images import MAX_PIXELS
 from patchrank.data.progress import Progress, ShardReport
+from patchrank.data.shard_job import Reading
 from patchrank.errors import run
 from patchrank.model import loading
 from patchrank.model.tower import Tower
@@ -193,7 +194,7 @@ def compare(images: int, rounds: int) -> bool:
 
     def in_process(scratch: str) -> float:
         folder = Folder(scratch).prepare(settings)
-        ranker = ShardRanker(Searcher(tower, config, keep_rates=KEEP_RATES), model.preprocess(), None, batch, images)
+        ranker = ShardRanker(Searcher(tower, config, keep_rates=KEEP_RATES), Reading(model.preprocess(), batch, images))
         ends = []
         for shard in uris:
             ranked = ranker.rank(shard)

@@ -50,6 +50,7 @@ from cluster.places import Places
 from cluster.rank import SearchJob
 from patchrank import clock
 from patchrank.data.progress import Progress
+from patchrank.data.shard_job import Reading
 from patchrank.errors import run
 from patchrank.model.loading import resolve_dtype
 from patchrank.model.tower import Tower
@@ -189,7 +190,7 @@ def actor(
     """Rank shards of noisy JPEG photos as an actor does: seconds in all, and those in which the device was busy."""
     gpu = searcher.tower.device.type == "cuda"
     threads = Places(actors=1, cpus=1, gpus=int(gpu)).threads
-    ranker = ShardRanker(searcher, preprocess, batch=batch, threads=threads)
+    ranker = ShardRanker(searcher, Reading(preprocess, batch, threads=threads))
     with tempfile.TemporaryDirectory() as folder:
         paths = [f"{folder}/{number}.tar" for number in range(shards)]
         for number, path in enumerate(paths):

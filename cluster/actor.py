@@ -21,7 +21,7 @@ from cluster.pool import Failed, process_id
 from patchrank.data.images import limit_pixels
 from patchrank.data.progress import Progress, ShardReport
 from patchrank.data.prototypes import class_sums
-from patchrank.data.shard_job import ShardResult
+from patchrank.data.shard_job import Reading, ShardResult
 from patchrank.data.shards import ShardError
 from patchrank.model.tower import Tower
 from patchrank.store import storage
@@ -117,10 +117,8 @@ class TowerActor:
         tower, preprocess = self._load(shared)
         with self._watched(shard) as progress:
             try:
-                threads = shared.places.threads
-                sums, counts = class_sums(
-                    tower, shard, preprocess, num_classes, images_per_batch, progress, threads, self._device
-                )
+                reading = Reading(preprocess, images_per_batch, None, shared.places.threads, num_classes)
+                sums, counts = class_sums(tower, shard, reading, progress, self._device)
             except ShardError as error:
                 return Failed(str(error))
             return sums, counts, progress

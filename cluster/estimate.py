@@ -11,7 +11,7 @@ from cluster.actor import Shared
 from cluster.places import Places, connected
 from cluster.pool import Failed, Pool
 from cluster.rank import SearchJob, plan_of, settings
-from cluster.ranking_actor import RankingActor, Timing
+from cluster.ranking_actor import RankingActor, ShardCost
 from patchrank.data import shards
 from patchrank.errors import UserError
 from patchrank.model import loading
@@ -95,7 +95,7 @@ def estimate(job: SearchJob) -> Estimate:
 
 
 def _sum(
-    job: SearchJob, searcher: Searcher, places: Places, all_shards: int, todo: int, timings: list[Timing]
+    job: SearchJob, searcher: Searcher, places: Places, all_shards: int, todo: int, timings: list[ShardCost]
 ) -> Estimate:
     samples = sum(timing.samples for timing in timings) / max(1, len(timings))  # of a shard
     seconds = sum(timing.seconds for timing in timings) / max(1, len(timings))  # of an image

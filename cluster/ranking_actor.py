@@ -14,7 +14,7 @@ from cluster.pool import Failed
 from patchrank.data import decoding, shards
 from patchrank.data.decoding import Undecodable
 from patchrank.data.progress import Progress, ShardReport
-from patchrank.data.shard_job import ShardResult
+from patchrank.data.shard_job import Reading, ShardResult
 from patchrank.data.shards import Sample, ShardError
 from patchrank.search.config import SearchConfig
 from patchrank.search.estimate import seconds_per_image
@@ -39,7 +39,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Timing:
+class ShardCost:
     """What an actor found out about the cost of a shard.
 
     Attributes:
@@ -69,9 +69,8 @@ class RankingActor(TowerActor):
                 searcher = Searcher(tower, plan.config, plan.classes, plan.logit_scale, plan.keep_rates, chunk)
                 num_classes = None if plan.classes is None else len(plan.classes)
                 threads = shared.places.threads
-                self._ranker = ShardRanker(
-                    searcher, preprocess, num_classes, plan.images_per_batch, plan.limit, threads
-                )
+                reading = Reading(preprocess, plan.images_per_batch, plan.limit, threads, num_classes)
+                self._ranker = ShardRanker(searcher, reading)
             return self._ranker
 
     def rank(self, shared: Shared, shard: str, plan: Plan) -> ShardReport:
@@ -82,7 +81,7 @@ class RankingActor(TowerActor):
 
         return self._made(shard, plan.folder, work, rankings.encode)
 
-    def estimate(self, shared: Shared, shard: str, plan: Plan, seconds: float) -> Timing | Failed:
+    def estimate(self, shared: Shared, shard: str, plan: Plan, seconds: float) -> ShardCost | Failed:
         """How long an image of a shard takes, from about so many seconds of timing; nothing is written."""
         tower, preprocess = self._load(shared)
         searcher = Searcher(tower, plan.config, None, keep_rates=plan.keep_rates, chunk=plan.candidates_per_batch)
@@ -101,4 +100,4 @@ class RankingActor(TowerActor):
         pixels = first.expand(min(plan.images_per_batch, samples), -1, -1, -1)
         took = seconds_per_image(searcher, pixels, seconds)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return Timing(samples, took, memory, torch.cuda.max_memory_allocated() if shared.places.gpu else 0)
+        return ShardCost(samples, took, memory, torch.cuda.max_memory_allocated() if shared.places.gpu else 0)

@@ -23,10 +23,10 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.places import Machines, connected
+from cluster.places import connected
+from cluster.training_config import TrainingConfig
 from cluster.training_worker import Plan, Task, work
 from patchrank.errors import UserError
-from patchrank.flags import at_least, flag, group
 from patchrank.store import storage
 from patchrank.store.folder import Folder
 from patchrank.training import configuration, outcome
@@ -34,47 +34,6 @@ from patchrank.training.outcome import Figures
 from patchrank.training.progress import Board, StepMeter
 
 POLL_SECONDS = 0.5
-
-
-@dataclass(frozen=True)
-class Workers(Machines):
-    """The machines of a training, whose actors train together."""
-
-    actors: int | None = flag(
-        None,
-        "processes that train together (as before; at first one a GPU, else one a machine)",
-        name="workers",
-    )
-    cpus_per_actor: int | None = flag(None, "cores of a worker", name="cpus-per-worker")
-    gpus_per_actor: float | None = flag(None, "1, or 0 for none (1 if the cluster has any)", name="gpus-per-worker")
-
-    def __post_init__(self) -> None:
-        if self.gpus_per_actor not in (None, 0, 1):  # DeepSpeed puts a process on one GPU of its own
-            raise UserError(f"--gpus-per-worker {self.gpus_per_actor:g}: must be 0 or 1")
-        super().__post_init__()
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How to train, whatever it is; flags that all training jobs share. Raises UserError for what makes no sense."""
-
-    out: str = flag(help="local, s3:// or gs:// (%(default)s)", group="training", metavar="FOLDER")
-    epochs: float = flag(10.0, "times that the images are gone over (%(default)g)")
-    batch: int = flag(64, "images that a worker takes in at a time (%(default)s)")
-    accumulate: int = flag(1, "batches a worker and step (%(default)s)")
-    learning_rate: float = flag(1e-3, "the highest (%(default)g)")
-    seed: int = flag(0, "(%(default)s)")
-    deepspeed: str | None = flag(None, "DeepSpeed's configuration (patchrank/training/deepspeed.json)", metavar="FILE")
-    checkpoints: int = flag(5, "in the course of it (%(default)s)")  # each with the figures of that moment
-    max_failures: int = flag(3, "times to replace lost workers (%(default)s)")
-    machines: Workers = group("machines", Workers)
-
-    def __post_init__(self) -> None:
-        at_least(self, 1, "batch", "accumulate", "checkpoints")
-        at_least(self, 0, "max_failures")
-        for name in ("epochs", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
 
 
 @dataclass(frozen=True)
@@ -144,23 +103,20 @@ def train(task: Task, config: TrainingConfig) -> TrainingSummary:
                 board=board,
                 folder=folder,
                 steps=steps,
-                batch=config.batch,
-                accumulate=config.accumulate,
-                seed=config.seed,
-                checkpoints=config.checkpoints,
+                config=config,
                 places=places,
                 deepspeed=filled,
             )
-            resumed = _fit(plan, config.max_failures, task.name)
+            resumed = _fit(plan, task.name)
         before, after = outcome.read(folder.uri) or ({}, {})
         return TrainingSummary(folder.uri, steps, resumed, time.monotonic() - start, before, after)
 
 
-def _fit(plan: Plan, max_failures: int, title: str) -> int:
+def _fit(plan: Plan, title: str) -> int:
     """Run the workers to their end, show meanwhile how far they are, and return the step at which they began."""
     from ray.train import TrainingFailedError
 
-    trainer = _trainer(plan, max_failures)
+    trainer = _trainer(plan)
     ended = threading.Event()
 
     def show() -> None:
@@ -191,7 +147,7 @@ def _fit(plan: Plan, max_failures: int, title: str) -> int:
     return state.began or 0
 
 
-def _trainer(plan: Plan, max_failures: int) -> Any:
+def _trainer(plan: Plan) -> Any:
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # workers stay where they are, and relative paths keep their meaning
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -212,7 +168,7 @@ def _trainer(plan: Plan, max_failures: int) -> Any:
             name="checkpoints",
             storage_path=path,
             storage_filesystem=system,
-            failure_config=FailureConfig(max_failures=max_failures),
+            failure_config=FailureConfig(max_failures=plan.config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cluster.places import Places
+from cluster.training_config import TrainingConfig
 from patchrank.errors import UserError
 from patchrank.store import storage
 from patchrank.store.folder import Folder
@@ -67,10 +68,7 @@ class Plan:
     board: Any
     folder: Folder
     steps: int
-    batch: int
-    accumulate: int
-    seed: int
-    checkpoints: int
+    config: TrainingConfig
     places: Places
     deepspeed: dict[str, Any]
 
@@ -122,7 +120,7 @@ class Worker:
         self.task: Task = ray.get(plan.task)
         self.device = ray.train.torch.get_device()
         torch.set_num_threads(plan.places.cpus)
-        torch.manual_seed(plan.seed)
+        torch.manual_seed(plan.config.seed)
         self.module = self.task.start(self.device)
         self.engine = _engine(_Loss(self.task, self.module), plan)
 
@@ -139,11 +137,11 @@ class Worker:
             if done.before is None:
                 done.before = done.after = self._evaluate()
                 log.write(0, done.before)
-            every = math.ceil(plan.steps / plan.checkpoints)
-            batches = self.task.batches(self.rank, self.world, plan.batch, plan.accumulate, done.step)
+            every = math.ceil(plan.steps / plan.config.checkpoints)
+            batches = self.task.batches(self.rank, self.world, plan.config.batch, plan.config.accumulate, done.step)
             while done.step < plan.steps:
                 learning_rate = self.engine.get_lr()[0]
-                loss = self._step(itertools.islice(batches, plan.accumulate), done.step + 1, learning_rate)
+                loss = self._step(itertools.islice(batches, plan.config.accumulate), done.step + 1, learning_rate)
                 done.step += 1
                 log.write(done.step, {"loss": loss, "learning rate": learning_rate})
                 if self.rank == 0:
@@ -174,7 +172,7 @@ class Worker:
             self.engine.step()
             total += loss.detach().float()
         dist.all_reduce(total)
-        return total.item() / (self.world * self.plan.accumulate)
+        return total.item() / (self.world * self.plan.config.accumulate)
 
     def _evaluate(self) -> Figures:
         """The figures of the module as it is now, over all ranks."""

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from cluster.train import TrainingConfig, TrainingSummary, train
+from cluster.train import TrainingSummary, train
+from cluster.training_config import TrainingConfig
 from cluster.training_worker import Task
 from patchrank.model import artifacts
 from patchrank.model.loading import Model

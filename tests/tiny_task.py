@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from cluster.train import TrainingConfig, train
+from cluster.train import train
+from cluster.training_config import TrainingConfig
 from patchrank.errors import run
 
 CONFIG = {"epochs": 2, "batch": 8, "learning_rate": 0.1}  # 60 steps of 8 points

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -21,24 +21,19 @@ MAX_CLASSES = 100_000  # without class names: one wrong label could else ask for
 def class_sums(
     tower: Tower,
     shard: str,
-    preprocess: Callable[..., Tensor],
-    num_classes: int | None,
-    batch: int,
+    reading: Reading,
     progress: Progress,
-    threads: int = 2,
     device: AbstractContextManager[object] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sums of the normalised embeddings of a shard's images, by class.
 
     Args:
-        num_classes: K, or None where it follows from the labels.
-        batch: images embedded at a time.
-        threads: that decode images.
+        reading: how the shard is read; a label is needed in any case.
         device: entered while a batch is embedded; a lock makes several threads take turns.
 
     Returns:
-        Sums (K, E) float64 and counts (K,) int64; K is `num_classes`, or the largest label + 1 where None. Samples that
-        cannot be used are counted in `progress` and left out.
+        Sums (K, E) float64 and counts (K,) int64; K is `reading.num_classes`, or the largest label + 1 where None.
+        Samples that cannot be used are counted in `progress` and left out.
 
     Raises:
         ShardError: the shard cannot be read.
@@ -48,9 +43,9 @@ def class_sums(
         progress.rejects += 1
 
     progress.begin("embed")
-    sums = torch.zeros(num_classes or 0, tower.embed_dim, dtype=torch.float64)
-    counts = torch.zeros(num_classes or 0, dtype=torch.int64)
-    reading = Reading(preprocess, batch, None, threads, num_classes or MAX_CLASSES, label_needed=True)
+    sums = torch.zeros(reading.num_classes or 0, tower.embed_dim, dtype=torch.float64)
+    counts = torch.zeros(reading.num_classes or 0, dtype=torch.int64)
+    reading = replace(reading, num_classes=reading.num_classes or MAX_CLASSES, label_needed=True)
     for images in reading.batches(shard, reject, progress):
         progress.seconds["decode"] += images.decode_seconds
         with device or contextlib.nullcontext(), progress.timed("embed"):

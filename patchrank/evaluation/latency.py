@@ -70,16 +70,11 @@ def measure(
             taken[name].append(clock.seconds(functools.partial(tower, images), images.device))
         rounds += 1
     whole = next(iter(taken.values()))
-    return [
-        Timed(
-            name,
-            len(images),
-            statistics.median(times),
-            statistics.median(full / own for full, own in zip(whole, times, strict=True)),
-            rounds,
-        )
-        for name, times in taken.items()
-    ]
+    result = []
+    for name, times in taken.items():
+        speedup = statistics.median(full / own for full, own in zip(whole, times, strict=True))
+        result.append(Timed(name, len(images), statistics.median(times), speedup, rounds))
+    return result
 
 
 def device_name(device: torch.device, threads: int) -> str:

@@ -178,16 +178,8 @@ class Comparison:
         result = []
         for (name, keep), sums in zip(self._cells, self.sums.tolist(), strict=True):
             images, labelled, hits, cosine, ranked, matching = sums
-            result.append(
-                Row(
-                    method=name,
-                    keep=keep,
-                    images=int(images),
-                    top1=hits / labelled if labelled else None,
-                    cosine=cosine / images if images else None,
-                    matching=matching / ranked if ranked else None,
-                )
-            )
+            means = (_mean(hits, labelled), _mean(cosine, images), _mean(matching, ranked))
+            result.append(Row(name, keep, int(images), *means))
         return result
 
     def _labelled(self, pruned: Pruned, batch: PairBatch) -> dict[str, float]:
@@ -200,6 +192,10 @@ class Comparison:
         prediction = (embeddings @ classes.to(embeddings).T).argmax(dim=1).cpu()  # (B,); a length changes no argmax
         labelled = batch.labels >= 0
         return {"labelled": labelled.sum().item(), "hits": (labelled & (prediction == batch.labels)).sum().item()}
+
+
+def _mean(total: float, count: float) -> float | None:
+    return total / count if count else None
 
 
 def render(rows: Sequence[Any]) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -21,29 +21,16 @@ from patchrank.store import rankings
 class ShardRanker:
     """Ranks the images of one shard after the other.
 
-    The table depends on the shard, the searcher and `batch` alone: whoever ranks a shard makes the same table.
+    The table depends on the shard, the searcher and the batches' size alone: whoever ranks a shard makes the same one.
 
     Args:
         searcher: the search, on its device.
-        preprocess: PIL image -> (3, H, W).
-        num_classes: K; a label outside 0 .. K-1 makes a reject. None where the classes are not known.
-        batch: images searched at a time.
-        limit: only the first so many samples of a shard.
-        threads: that decode images.
+        reading: how shards are read; whether a label is needed follows from the search.
     """
 
-    def __init__(
-        self,
-        searcher: Searcher,
-        preprocess: Callable[..., Tensor],
-        num_classes: int | None = None,
-        batch: int = 16,
-        limit: int | None = None,
-        threads: int = 2,
-    ) -> None:
+    def __init__(self, searcher: Searcher, reading: Reading) -> None:
         self.searcher = searcher
-        label_needed = SCORES[searcher.config.score].labels
-        self.reading = Reading(preprocess, batch, limit, threads, num_classes, label_needed)
+        self.reading = replace(reading, label_needed=SCORES[searcher.config.score].labels)
 
     def rank(
         self, shard: str, progress: Progress | None = None, device: AbstractContextManager[object] | None = None

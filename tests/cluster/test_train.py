@@ -18,7 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_search import wait_for
 from tiny_task import CONFIG, Line
 
-from cluster.train import TrainingConfig, Workers, train
+from cluster.train import train
+from cluster.training_config import TrainingConfig, Workers
 from patchrank.errors import UserError
 from patchrank.training import configuration
 

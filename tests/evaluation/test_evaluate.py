@@ -24,6 +24,7 @@ from jobs import evaluate as evaluate_job
 from patchrank.data import shards
 from patchrank.data.held_out import is_held_out
 from patchrank.data.images import decode
+from patchrank.data.shard_job import Reading
 from patchrank.errors import UserError
 from patchrank.evaluation import figures
 from patchrank.evaluation.evaluate import EvaluationConfig, ShardEvaluator
@@ -82,7 +83,7 @@ def data(tmp_path_factory):
         "about": {"model": model.name, "pretrained": None, "class_names": None},
     }
     ranked = Folder(str(folder / "rankings")).prepare(settings)
-    ranker = ShardRanker(Searcher(tower, SearchConfig(), keep_rates=[0.5]), model.preprocess())
+    ranker = ShardRanker(Searcher(tower, SearchConfig(), keep_rates=[0.5]), Reading(model.preprocess()))
     for shard in range(2):
         uri = str(folder / f"images-{shard}.tar")
         ranked.write(uri, ranker.rank(uri).table, encode=rankings.encode)

@@ -14,6 +14,7 @@ from tiny_shards import write_labelled
 from torchvision.transforms.functional import to_tensor
 
 from patchrank.data.progress import Progress
+from patchrank.data.shard_job import Reading
 from patchrank.model.tower import Tower
 from patchrank.search.config import SearchConfig
 from patchrank.search.ranker import ShardRanker
@@ -31,7 +32,7 @@ def test_the_batch_does_not_show_in_the_table(small_clip, shard):
     by_batch = []
     for batch in (1, 3, 16):
         searcher = Searcher(tower, SearchConfig(), keep_rates=[0.5])
-        ranked = ShardRanker(searcher, to_tensor, batch=batch).rank(shard, progress := Progress())
+        ranked = ShardRanker(searcher, Reading(to_tensor, batch)).rank(shard, progress := Progress())
         assert [reject.key for reject in ranked.rejects] == ["3"] and ranked.error is None
         assert progress.images == len(ranked.table) == 6
         by_batch.append(ranked.table.to_pydict())
@@ -41,7 +42,7 @@ def test_the_batch_does_not_show_in_the_table(small_clip, shard):
 
 def test_shards_on_threads_take_turns_on_the_device(small_clip, shard):
     """The second is decoded while the first has the device; both make the tables that they make alone."""
-    ranker = ShardRanker(Searcher(Tower(small_clip().visual), SearchConfig()), to_tensor, batch=2)
+    ranker = ShardRanker(Searcher(Tower(small_clip().visual), SearchConfig()), Reading(to_tensor, 2))
     alone = ranker.rank(shard).table.to_pydict()
     device, second, events = threading.Lock(), threading.Event(), []
     usual = ranker.searcher.search
@@ -70,5 +71,5 @@ def test_shards_on_threads_take_turns_on_the_device(small_clip, shard):
 
 def test_the_limit_counts_samples(small_clip, shard):
     searcher = Searcher(Tower(small_clip().visual), SearchConfig())
-    ranked = ShardRanker(searcher, to_tensor, limit=4).rank(shard)
+    ranked = ShardRanker(searcher, Reading(to_tensor, limit=4)).rank(shard)
     assert ranked.table["key"].to_pylist() == ["0", "1", "2"] and len(ranked.rejects) == 1
