@@ -13,6 +13,7 @@ from patchrank.store import storage
 
 FILE = "figures.json"
 RECALLS = ("1", "5", "10")
+_WORDS = {str: "a text", int: "a whole number", float: "a number", list: "a list", dict: "an object"}  # in errors
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def _checked(kind: Any, value: Any) -> Any:
         return tuple(_checked(each, one) for each, one in zip(inner, value, strict=True))
     allowed: Any = (int, float) if origin is float else origin
     if not isinstance(value, allowed) or isinstance(value, bool):
-        raise TypeError(f"{value!r} where a {origin.__name__} belongs")
+        raise TypeError(f"{value!r} where {_WORDS[origin]} belongs")
     if origin is float and not math.isfinite(value):
         raise ValueError(f"{value} where a number belongs")
     if origin is list:
