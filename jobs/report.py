@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from patchrank.errors import run
-from patchrank.report import writer
+from patchrank.report.folder import PAGE, write
 from patchrank.store import storage
 
 
@@ -31,10 +31,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "jobs/report.py") -> int
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     command = f"{'python ' * prog.endswith('.py')}{prog} {shlex.join(argv)}"
-    notes = writer.write(args.evaluation, args.out, command, args.keep, args.images)
+    notes = write(args.evaluation, args.out, command, args.keep, args.images)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    print(storage.join(args.out, writer.PAGE))
+    print(storage.join(args.out, PAGE))
     return 0
 
 

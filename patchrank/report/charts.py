@@ -12,7 +12,7 @@ from typing import Any
 from patchrank.errors import UserError
 from patchrank.evaluation.record import Figure
 from patchrank.pruning.methods import METHODS, UNPRUNED
-from patchrank.report.data import Evaluation, method_name, unit
+from patchrank.report.evaluation import Evaluation, method_name, unit
 
 NAMES = ("top1-by-multiply-adds", "top1-by-keep", "cosine-by-multiply-adds", "cosine-by-keep", "speedup-by-keep")
 _SIZE = (4.7, 4.3)  # inches, so that the text is legible on a phone, and on a laptop no larger than that of the page

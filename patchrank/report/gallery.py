@@ -18,7 +18,7 @@ from patchrank.data import images, shards
 from patchrank.errors import UserError
 from patchrank.evaluation import record
 from patchrank.pruning.methods import METHODS, UNPRUNED
-from patchrank.report.data import Evaluation, at_keep
+from patchrank.report.evaluation import Evaluation, at_keep
 from patchrank.store import rankings, storage
 
 _SIDE = 224  # pixels of a shown image, at most and, but for a whole factor, at least

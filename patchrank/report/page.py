@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from patchrank.pruning.methods import GOLDEN, UNPRUNED
 from patchrank.report import tables
 from patchrank.report.charts import Chart
-from patchrank.report.data import Evaluation, in_order, method_name, same, unit
+from patchrank.report.evaluation import Evaluation, in_order, method_name, same, unit
 from patchrank.report.gallery import GONE, SCALE, Gallery, heat, veil
 
 _LISTED = 20  # shards named on the page

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from patchrank.evaluation.record import RECALLS, Figure
 from patchrank.pruning.methods import UNPRUNED
-from patchrank.report.data import Evaluation, in_order, method_name, same, unit
+from patchrank.report.evaluation import Evaluation, in_order, method_name, same, unit
 
 NONE, TIMES, MINUS = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
 _CLASSES = 12  # rows of the class table that are not folded

@@ -40,7 +40,7 @@ from patchrank.pruning.methods import METHODS, Entry, Method
 from patchrank.pruning.predictor import PredictorConfig
 from patchrank.pruning.prompts import TokensConfig
 from patchrank.pruning.selector import Selector
-from patchrank.report import data as report_data
+from patchrank.report import evaluation as report_evaluation
 from patchrank.search.config import SearchConfig
 from patchrank.search.ranker import ShardRanker
 from patchrank.search.searcher import Searcher
@@ -271,7 +271,7 @@ def test_figures_are_of_the_job_s_shards_alone(data, address, tmp_path):
         assert content["images"] == 8 and {row["images"] for row in content["figures"]} == {8}
         assert {row["images"] for row in content["retrieval"]} == {7}
         assert sum(row["images"] for row in content["classes"] if row["method"] == "random") == 7
-    assert report_data.read(second.folder).files == [file_name(str(data / "images-1.tar"))]
+    assert report_evaluation.read(second.folder).files == [file_name(str(data / "images-1.tar"))]
 
 
 def test_where_no_shard_can_be_read_the_reason_is_told(data, address, tmp_path):

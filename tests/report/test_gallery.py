@@ -20,8 +20,8 @@ from reading import CLASSES, LABELS, Page, changed
 from jobs import report as job
 from patchrank import assets
 from patchrank.errors import UserError
-from patchrank.report import data as report_data
 from patchrank.report import gallery as report_gallery
+from patchrank.report.evaluation import read
 
 
 def test_both_galleries(page, evaluation):
@@ -58,7 +58,7 @@ def test_shards_that_are_gone(gone, tmp_path, capsys):
     made_up_evaluation.write(tmp_path, uris, CLASSES, images=12)
     for uri in uris[:gone]:
         Path(uri).unlink()
-    found = report_data.read(str(tmp_path / "evaluation"))
+    found = read(str(tmp_path / "evaluation"))
     gallery = report_gallery.choose(found, 0.6, 4, "predictor")
     assert len(gallery.sample) == (0 if gone == 2 else 4)
     assert {one.shard for one in gallery.sample} == set(uris[gone:])
@@ -76,14 +76,14 @@ def test_a_damaged_shard_and_rankings_that_are_gone_are_said(tmp_path):
     made_up_evaluation.write(tmp_path, [str(uri)], CLASSES, images=12)
     uri.write_bytes(b"not a tar")
     shutil.rmtree(tmp_path / "rankings")
-    gallery = report_gallery.choose(report_data.read(str(tmp_path / "evaluation")), 0.6, 4, "predictor")
+    gallery = report_gallery.choose(read(str(tmp_path / "evaluation")), 0.6, 4, "predictor")
     assert gallery.sample == [] and gallery.changed == []
     assert re.match(r"no heat maps: .*no such folder", gallery.notes[0])
     assert re.search(r"test-000000.tar.gz: cannot be read \(.*\); \d images not shown", gallery.notes[1])
 
 
 def test_images_are_spread_over_the_classes_and_the_same_every_time(evaluation):
-    found = report_data.read(str(evaluation[0]))
+    found = read(str(evaluation[0]))
     first, again = (report_gallery.choose(found, 0.5, 10, "predictor") for _ in range(2))
     assert {one.label for one in first.sample} == set(range(10))
     assert [one.key for one in first.sample] == [one.key for one in again.sample]
@@ -96,7 +96,7 @@ def test_a_large_image_is_made_small(tmp_path):
     made_up_evaluation.write(
         *(tmp_path, assets.TEST_SHARDS[:1], CLASSES, 4, (3, 4)), preprocess=made_up_evaluation.PREPROCESS | size
     )
-    gallery = report_gallery.choose(report_data.read(str(tmp_path / "evaluation")), 0.6, 1, "predictor")
+    gallery = report_gallery.choose(read(str(tmp_path / "evaluation")), 0.6, 1, "predictor")
     assert gallery.sample[0].size == (224, 168)
 
 
@@ -120,14 +120,14 @@ def test_damaged_rows_are_refused(evaluation, tmp_path):
     table = pq.read_table(file)
     pq.write_table(table.drop_columns("prediction"), file)
     with pytest.raises(UserError, match=re.escape(f"{file}: cannot be read")):
-        report_gallery.choose(report_data.read(str(folder)), 0.6, 4, "predictor")
+        report_gallery.choose(read(str(folder)), 0.6, 4, "predictor")
     rows = [row | {"kept": [196]} for row in table.to_pylist()]
     pq.write_table(pa.Table.from_pylist(rows, table.schema), file)
     with pytest.raises(UserError, match=r"keeps token 196 of 196; run jobs/evaluate\.py again"):
-        report_gallery.choose(report_data.read(str(folder)), 0.6, 40, "predictor")
+        report_gallery.choose(read(str(folder)), 0.6, 40, "predictor")
     for preprocess in ({"size": "large"}, {"colour": 1}):
         content = json.loads((folder / "figures.json").read_text())
         content["model"]["preprocess"] = preprocess
         (folder / "figures.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match=r"figures\.json: its preprocess is damaged"):
-            report_gallery.cropping(report_data.read(str(folder)))
+            report_gallery.cropping(read(str(folder)))

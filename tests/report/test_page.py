@@ -13,10 +13,10 @@ from reading import CLASSES, LABELS, Page, addresses, changed, svg
 from patchrank import assets
 from patchrank.errors import UserError
 from patchrank.report import charts as report_charts
-from patchrank.report import data as report_data
 from patchrank.report import gallery as report_gallery
 from patchrank.report import page as report_page
-from patchrank.report import writer
+from patchrank.report.evaluation import read
+from patchrank.report.folder import write
 
 
 def test_the_page_needs_nothing_beside_it(page, out):
@@ -91,7 +91,7 @@ def test_a_long_class_table_is_folded(evaluation, tmp_path):
         for label in range(30)
         for method, keep in (("unpruned", 1.0), ("golden", 0.6), ("golden", 0.5))
     ]
-    found = report_data.read(changed(evaluation[0], tmp_path, classes=classes))
+    found = read(changed(evaluation[0], tmp_path, classes=classes))
     gallery = report_gallery.Gallery([], None, 0, 0, [])
     page = Page(report_page.render(found, 0.6, "predictor", [], gallery, "command"))
     assert [len(rows) - 1 for name, rows in page.tables.items() if "by class" in name] == [12, 18]
@@ -131,7 +131,7 @@ def test_without_labels_latency_and_rankings(tmp_path):
     out.mkdir()
     (out / "top1-by-keep.png").write_text("of an earlier report")
     (out / "other.png").write_text("somebody's")
-    assert writer.write(str(tmp_path / "evaluation"), str(out), "command", images=3) == []
+    assert write(str(tmp_path / "evaluation"), str(out), "command", images=3) == []
     page = Page((out / "index.html").read_text())
     assert sorted(path.name for path in out.iterdir()) == [
         *("cosine-by-keep.png", "cosine-by-multiply-adds.png", "index.html", "other.png")
@@ -151,7 +151,7 @@ def test_all_text_from_files_is_escaped(evaluation, tmp_path):
     latency = [one | {"method": hostile} for one in evaluation[1]["latency"][:5]]
     changes = {"device": hostile, "shards": [hostile], "rankings": hostile, "class_names": [hostile] * 10}
     changes["model"] = evaluation[1]["model"] | {"name": hostile, "pretrained": hostile, "dtype": hostile}
-    found = report_data.read(changed(evaluation[0], tmp_path, figures=figures, latency=latency, **changes))
+    found = read(changed(evaluation[0], tmp_path, figures=figures, latency=latency, **changes))
     one = report_gallery.Shown(hostile, hostile, 1, {"unpruned": 0, hostile: 1}, {"golden": [0, 1]}, {}, np.arange(196))
     gallery = report_gallery.Gallery([one], [one], 1, 1, [hostile])
     page = Page(report_page.render(found, 0.6, hostile, report_charts.draw(found), gallery, hostile))
@@ -164,4 +164,4 @@ def test_all_text_from_files_is_escaped(evaluation, tmp_path):
 def test_a_report_that_cannot_be_written_is_a_users_error(evaluation, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--out .*file: cannot be written"):
-        writer.write(str(evaluation[0]), str(tmp_path / "file"), "", images=0)
+        write(str(evaluation[0]), str(tmp_path / "file"), "", images=0)

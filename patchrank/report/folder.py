@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from patchrank.errors import UserError
 from patchrank.report import charts as report_charts
-from patchrank.report import data as report_data
 from patchrank.report import gallery as report_gallery
 from patchrank.report import page as report_page
+from patchrank.report.evaluation import choose_keep, read
 from patchrank.store import storage
 
 PAGE = "index.html"
@@ -35,8 +35,8 @@ def write(folder: str, out: str, command: str, keep: float | None = None, images
     """
     if images < 0:
         raise UserError(f"--images {images}: must be at least 0")
-    evaluation = report_data.read(folder)
-    keep = report_data.choose_keep(evaluation, keep)
+    evaluation = read(folder)
+    keep = choose_keep(evaluation, keep)
     leading = evaluation.leading(keep)
     gallery = report_gallery.choose(evaluation, keep, images, leading)
     charts = report_charts.draw(evaluation)
