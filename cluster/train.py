@@ -24,7 +24,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.places import connected
-from cluster.training_config import TrainingConfig
+from cluster.training_job import TrainingConfig
 from cluster.training_worker import Plan, Task, work
 from patchrank.errors import UserError
 from patchrank.store import storage

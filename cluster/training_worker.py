@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cluster.places import Places
-from cluster.training_config import TrainingConfig
+from cluster.training_job import TrainingConfig
 from patchrank.errors import UserError
 from patchrank.store import storage
 from patchrank.store.folder import Folder

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from cluster.training_config import TrainingConfig
+from cluster.training_job import TrainingConfig
 from jobs import training
 from patchrank import flags
 from patchrank.errors import run

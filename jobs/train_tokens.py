@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.training_config import TrainingConfig
+from cluster.training_job import TrainingConfig
 from jobs import training
 from patchrank import flags
 from patchrank.errors import UserError, run

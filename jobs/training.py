@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.train import TrainingSummary, train
-from cluster.training_config import TrainingConfig
+from cluster.training_job import TrainingConfig
 from cluster.training_worker import Task
 from patchrank.model import artifacts
 from patchrank.model.loading import Model

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cluster.train import train
-from cluster.training_config import TrainingConfig
+from cluster.training_job import TrainingConfig
 from patchrank.errors import run
 
 CONFIG = {"epochs": 2, "batch": 8, "learning_rate": 0.1}  # 60 steps of 8 points

@@ -19,7 +19,7 @@ from tiny_search import wait_for
 from tiny_task import CONFIG, Line
 
 from cluster.train import train
-from cluster.training_config import TrainingConfig, Workers
+from cluster.training_job import TrainingConfig, Workers
 from patchrank.errors import UserError
 from patchrank.training import configuration
 

@@ -9,7 +9,7 @@ from here import ROOT
 
 from cluster.evaluate import EvaluationJob
 from cluster.rank import SearchJob
-from cluster.training_config import TrainingConfig
+from cluster.training_job import TrainingConfig
 from jobs import evaluate, make_shards, query, report, search, status, train_predictor, train_tokens
 from patchrank import assets, flags
 from patchrank.errors import UserError
