@@ -18,14 +18,12 @@ pipeline: search
 
 # Two processes, for most tests wait for others that they start; those of a file stay together, as they share a Ray. Files
 # by name, so that the longest, tests/cluster, begins.
-TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
-
 test: $(VENV)/installed
-	$(PY) -m pytest $(TWO) --durations 10
+	$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
 
-# What starts no Ray: minutes instead of a quarter of an hour.
+# What starts no Ray: minutes instead of a quarter of an hour. Files have nothing to share then, and are split.
 test-fast: $(VENV)/installed
-	$(PY) -m pytest $(TWO) -m 'not ray'
+	$(PY) -m pytest --numprocesses 2 --dist worksteal -m 'not ray'
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check
