@@ -69,7 +69,7 @@ def estimate(job: SearchJob) -> Estimate:
     uris = shards.expand(job.shards)
     model = job.model.load()
     folder = Folder(job.out)
-    with storage.usable(folder.uri):
+    with storage.one_line_errors(folder.uri):
         found = folder.read()
         done = folder.finished(uris) if found else set()
     todo = [uri for uri in uris if uri not in done]

@@ -139,6 +139,7 @@ def run(job: EvaluationJob) -> EvaluationSummary:
     else:
         raise UserError("neither shards nor rankings, which name shards, are given")
     prototypes = shards.expand(job.classes.prototypes) if job.classes.prototypes else []
+    names = job.classes.names()
     model = job.model.load()
     folder = Folder(job.out, "evaluation")
     if corpus is not None and job.limit is None:
@@ -147,8 +148,8 @@ def run(job: EvaluationJob) -> EvaluationSummary:
         identity, known = classes_of(corpus)
         classes = FoundClasses(identity, corpus.class_names, known)
     else:
-        classes = class_source.find(job.classes, model, folder.uri, prototypes)
-    with connected(job.machines, len(uris)) as places, storage.usable(folder.uri):
+        classes = class_source.find(job.classes, names, model, folder.uri, prototypes)
+    with connected(job.machines, len(uris)) as places, storage.one_line_errors(folder.uri):
         found = _setting(job, model, corpus, classes, loading.resolve_dtype(job.model.dtype, places.gpu))
         folder.prepare(_settings(job, found))
         done = folder.finished(uris)

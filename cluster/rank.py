@@ -99,10 +99,11 @@ def search(job: SearchJob) -> SearchSummary:
     """
     uris = shards.expand(job.shards)
     prototypes = shards.expand(job.classes.prototypes) if job.classes.prototypes else []
+    names = job.classes.names()
     model = job.model.load()
     folder = Folder(job.out)
-    classes = class_source.find(job.classes, model, folder.uri, prototypes)
-    with connected(job.machines, len(uris)) as places, storage.usable(folder.uri):
+    classes = class_source.find(job.classes, names, model, folder.uri, prototypes)
+    with connected(job.machines, len(uris)) as places, storage.one_line_errors(folder.uri):
         tower = Tower(model.visual, job.model.cut, loading.resolve_dtype(job.model.dtype, places.gpu), name=model.name)
         job.config.check(tower.grid, job.keep_rates, classes=classes.identity is not None)  # before anything is written
         folder.prepare(settings(job, model, tower, classes))
@@ -197,12 +198,7 @@ def settings(job: SearchJob, model: Model, tower: Tower, classes: FoundClasses) 
 
 def about(model: Model, pretrained: str | None, classes: FoundClasses) -> dict[str, Any]:
     """What decides no table, for readers of a folder."""
-    return {
-        "model": model.name,
-        "pretrained": pretrained,
-        "class_names": classes.names,
-        "patchrank": __version__,
-    }
+    return {"model": model.name, "pretrained": pretrained, "class_names": classes.names, "patchrank": __version__}
 
 
 def model_settings(model: Model, tower: Tower) -> dict[str, Any]:

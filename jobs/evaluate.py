@@ -18,7 +18,7 @@ from dataclasses import replace
 from cluster.evaluate import EvaluationJob, EvaluationSummary
 from cluster.evaluate import run as evaluate
 from patchrank import assets, flags
-from patchrank.errors import UserError, run
+from patchrank.errors import UserError, run, stoppable
 from patchrank.evaluation.record import RECALLS
 from patchrank.pruning.comparison import render
 from patchrank.store import rankings
@@ -46,7 +46,7 @@ def job(args: argparse.Namespace) -> EvaluationJob:
     return replace(found, rankings=folder, model=model, classes=classes)
 
 
-def show(summary: EvaluationSummary, save_bundle: str | None) -> None:
+def show(summary: EvaluationSummary, save_bundle: str | None, prog: str) -> None:
     """Print the figures, what failed, and what to do next."""
     found = summary.record
     assert found is not None  # the evaluation has come to its end
@@ -74,18 +74,15 @@ def show(summary: EvaluationSummary, save_bundle: str | None) -> None:
         print(f"error: {shard}: {reason}", file=sys.stderr)
     if save_bundle:
         print(f'bundle        {save_bundle}: patchrank.prune(model, "{save_bundle}")')
-    print(f"next          python jobs/report.py {summary.folder}")
+    print(f"next          {flags.command(prog, 'report')} {summary.folder}")
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "jobs/evaluate.py") -> int:
     """Parse, evaluate, print; 1 where a shard failed."""
     parsed = job(parser(prog).parse_args(argv))
-    try:
+    with stoppable(f"finished shards are in {parsed.out}: the same command goes on from there"):
         summary = evaluate(parsed)
-    except KeyboardInterrupt:
-        print(f"stopped; finished shards are in {parsed.out}: the same command goes on from there", file=sys.stderr)
-        raise
-    show(summary, parsed.pruning.save_bundle)
+    show(summary, parsed.pruning.save_bundle, prog)
     return 1 if summary.failures else 0
 
 

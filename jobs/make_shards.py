@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from tqdm import tqdm
 
+from patchrank import flags
 from patchrank.data import shard_writer
 from patchrank.data.shard_writer import Skipped
 from patchrank.errors import UserError, run
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "jobs/make_shards.py") -
         classes = f" --classes {shlex.quote(os.path.join(args.out, 'classnames.json'))}"
     else:
         classes = f" --prototypes {out}" if any(file.label is not None for file in files) else ""
-    print(f"next: python jobs/search.py --model ViT-B-16 --pretrained openai --shards {out}{classes}")
+    print(f"next: {flags.command(prog, 'search')} --model ViT-B-16 --pretrained openai --shards {out}{classes}")
     return 1 if skipped else 0
 
 

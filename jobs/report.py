@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from patchrank import flags
 from patchrank.errors import run
 from patchrank.report.folder import PAGE, write
 from patchrank.store import storage
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "jobs/report.py") -> int
     add("--images", type=int, default=12, metavar="N", help="at most so many in each gallery (%(default)s)")
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    command = f"{'python ' * prog.endswith('.py')}{prog} {shlex.join(argv)}"
+    command = f"{flags.command(prog, 'report')} {shlex.join(argv)}"
     notes = write(args.evaluation, args.out, command, args.keep, args.images)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

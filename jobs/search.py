@@ -19,7 +19,7 @@ from tqdm import tqdm
 from cluster.estimate import Estimate, estimate
 from cluster.rank import SearchJob, SearchSummary, search
 from patchrank import assets, flags
-from patchrank.errors import UserError, run
+from patchrank.errors import UserError, run, stoppable
 from patchrank.flags import flag
 
 
@@ -55,7 +55,7 @@ def job(args: argparse.Namespace) -> SearchJob:
     )
 
 
-def show(summary: SearchSummary, keep_rates: Sequence[float]) -> None:
+def show(summary: SearchSummary, keep_rates: Sequence[float], prog: str) -> None:
     """Print what was done, what failed, and what to do next."""
     images, rejects, candidates = (summary.total(name) for name in ("images", "rejects", "candidates"))
     seconds = summary.seconds
@@ -76,8 +76,8 @@ def show(summary: SearchSummary, keep_rates: Sequence[float]) -> None:
     if summary.failures:
         print("error: put these shards right and run the same command again", file=sys.stderr)
     if rejects:
-        print(f"next          python jobs/query.py {summary.folder} rejects")
-    print(f"next          python jobs/query.py {summary.folder} accuracy")
+        print(f"next          {flags.command(prog, 'query')} {summary.folder} rejects")
+    print(f"next          {flags.command(prog, 'query')} {summary.folder} accuracy")
 
 
 def show_estimate(found: Estimate) -> None:
@@ -103,12 +103,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "jobs/search.py") -> int
     if args.estimate:
         show_estimate(estimate(parsed))
         return 0
-    try:
+    with stoppable(f"finished shards are in {parsed.out}: the same command goes on from there"):
         summary = search(parsed)
-    except KeyboardInterrupt:
-        print(f"stopped; finished shards are in {parsed.out}: the same command goes on from there", file=sys.stderr)
-        raise
-    show(summary, parsed.keep_rates)
+    show(summary, parsed.keep_rates, prog)
     return 1 if summary.failures else 0
 
 

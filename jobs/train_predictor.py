@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "jobs/train_predictor.py
     tower = images.tower
     shape = flags.read(PredictorConfig, args, grid=tower.grid, input_width=tower.width)
     training.trained(flags.read(PredictorTask, args, images=images, config=shape), config, NAME)
-    print(f"next          python jobs/train_tokens.py --rankings {args.rankings} --predictor {args.out} --keep 0.6")
+    following = flags.command(prog, "train_tokens")
+    print(f"next          {following} --rankings {args.rankings} --predictor {args.out} --keep 0.6")
     return 0
 
 

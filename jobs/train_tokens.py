@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "jobs/train_tokens.py") 
     task = flags.read(TokensTask, args, images=images, config=shape, predictor=found, prompted=prompted)
     training.trained(task, config, NAME)
     compared = f"--rankings {args.rankings} --held-out {args.held_out}" if args.held_out else "--rankings TEST-RANKINGS"
-    print(f"next          python jobs/evaluate.py {compared} --predictor {args.predictor} --tokens {args.out}")
+    following = flags.command(prog, "evaluate")
+    print(f"next          {following} {compared} --predictor {args.predictor} --tokens {args.out}")
     return 0
 
 

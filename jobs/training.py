@@ -9,6 +9,7 @@ from typing import Any
 from cluster.train import TrainingSummary, train
 from cluster.training_job import TrainingConfig
 from cluster.training_worker import Task
+from patchrank.errors import stoppable
 from patchrank.model import artifacts
 from patchrank.model.loading import Model
 from patchrank.training.images import ImageSource, RankedImages, open_images
@@ -29,11 +30,8 @@ def opened(source: ImageSource, seed: int) -> tuple[RankedImages, Model]:
 
 def trained(task: Task, config: TrainingConfig, artifact: str) -> TrainingSummary:
     """As `train`; prints what came of it. `artifact` is the name of what the task saves."""
-    try:
+    with stoppable(f"the same command goes on from the last checkpoint in {config.out}"):
         summary = train(task, config)
-    except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from the last checkpoint in {config.out}", file=sys.stderr)
-        raise
     _, record = artifacts.load(summary.folder, artifact)
     show(summary, record)
     print(f"{artifact:<14}{summary.folder}")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from patchrank.pruning.pruned import prune, restore
     from patchrank.store import rankings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["Bundle", "Golden", "models", "prune", "rankings", "restore"]
 
 _HOMES = {  # where a name is; or the module that it stands for

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 
 class UserError(Exception):
     """Input that a user can put right. The message is one line that names the file, key or flag and what to do."""
+
+
+@contextlib.contextmanager
+def stoppable(advice: str) -> Iterator[None]:
+    """Ctrl-C in the `with` statement is answered with advice, and goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"stopped; {advice}", file=sys.stderr)
+        raise
 
 
 def run(main: Callable[[], int]) -> NoReturn:

@@ -112,6 +112,11 @@ def read(cls: type[T], args: argparse.Namespace, **rest: Any) -> T:
     return cls(**rest)
 
 
+def command(prog: str, job: str) -> str:
+    """How to call a job, as the one at work was called: `python jobs/NAME.py`, or `patchrank NAME` where installed."""
+    return f"python jobs/{job}.py" if prog.endswith(".py") else f"patchrank {job.replace('_', '-')}"
+
+
 def at_least(config: Any, least: int, *names: str) -> None:
     """Raises UserError for the first of these fields that is given and below the least."""
     for each in fields(config):

@@ -30,6 +30,10 @@ class ClassSource:
     )
     prototypes: Sequence[str] = flag((), "labelled shards whose mean embeddings to use", metavar="SHARDS")
 
+    def names(self) -> list[str] | None:
+        """The class names; None where there are none. Raises UserError where their file cannot be read."""
+        return classes.read_names(self.class_names) if self.class_names else None
+
     @property
     def given(self) -> bool:
         """Whether it names any classes."""
@@ -53,23 +57,25 @@ class FoundClasses:
     prototypes: Sequence[str] = ()
 
 
-def find(source: ClassSource, model: Model, folder: str, prototypes: Sequence[str]) -> FoundClasses:
+def find(
+    source: ClassSource, names: list[str] | None, model: Model, folder: str, prototypes: Sequence[str]
+) -> FoundClasses:
     """The class embeddings of a job, unless they are prototypes that actors have yet to make.
 
     Those that an earlier run kept in the folder come first: rounding depends on the machine, so a search that goes on
     elsewhere must not make its own.
 
     Args:
+        names: `source.names()`, which is asked for before a model is loaded.
         folder: of the job's results.
         prototypes: URIs of the shards that `source.prototypes` stands for.
 
     Raises:
         UserError: a source that cannot be used, or two of them, or a folder that cannot be read.
     """
-    names = classes.read_names(source.class_names) if source.class_names else None
     if source.class_embeddings and prototypes:
         raise UserError("--class-embeddings and --prototypes exclude each other: choose one")
-    with storage.usable(folder):
+    with storage.one_line_errors(folder):
         if source.class_embeddings:
             known = classes.from_file(source.class_embeddings, model.visual.output_dim, names)
             return FoundClasses(known.identity, known.names, known)

@@ -140,3 +140,9 @@ def unit(evaluation: Evaluation) -> tuple[float, str]:
     """What multiply-adds are counted in, and its letter: 10^9 unless the model is a toy."""
     largest = max(one.multiply_adds for one in evaluation.figures)
     return (1e9, "G") if largest >= 1e8 else (1e6, "M")
+
+
+def counted(things: int | Sequence[object], name: str) -> str:
+    """How many, with the noun: "1 image", "1,000 images"."""
+    count = things if isinstance(things, int) else len(things)
+    return f"{count:,} {name}{'s' * (count != 1)}"

@@ -18,7 +18,7 @@ from patchrank.data import images, shards
 from patchrank.errors import UserError
 from patchrank.evaluation import record
 from patchrank.pruning.methods import METHODS, UNPRUNED
-from patchrank.report.evaluation import Evaluation, at_keep
+from patchrank.report.evaluation import Evaluation, at_keep, counted
 from patchrank.store import rankings, storage
 
 _SIDE = 224  # pixels of a shown image, at most and, but for a whole factor, at least
@@ -131,7 +131,7 @@ def _candidates(
                     one.answers[row["method"]] = row["prediction"]
             pool += found.values()
     if gone:
-        notes.append(f"{_count(gone, 'shard')} cannot be found, and the images are of others: {_some(gone)}")
+        notes.append(f"{counted(gone, 'shard')} cannot be found, and the images are of others: {_some(gone)}")
     pool.sort(key=lambda one: _hash(f"{one.shard} {one.key}"))
     return pool, there
 
@@ -205,11 +205,11 @@ def _read_images(evaluation: Evaluation, wanted: Sequence[Shown], notes: list[st
                 if not missing:
                     break
         except shards.ShardError as error:
-            notes.append(f"{shard}: cannot be read ({error}); {_count(list(missing), 'image')} not shown")
+            notes.append(f"{shard}: cannot be read ({error}); {counted(list(missing), 'image')} not shown")
             continue
         if missing:
             notes.append(
-                f"{shard}: {_count(list(missing), 'image')} of the evaluation not in it: {_some(list(missing))}"
+                f"{shard}: {counted(list(missing), 'image')} of the evaluation not in it: {_some(list(missing))}"
             )
 
 
@@ -289,10 +289,6 @@ def _exists(shard: str) -> bool:
 
 def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
-
-
-def _count(things: Sequence[str], name: str) -> str:
-    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
 
 
 def _some(things: Sequence[str]) -> str:

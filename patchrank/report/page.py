@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from patchrank.pruning.methods import GOLDEN, UNPRUNED
 from patchrank.report import tables
 from patchrank.report.charts import Chart
-from patchrank.report.evaluation import Evaluation, in_order, method_name, same, unit
+from patchrank.report.evaluation import Evaluation, counted, in_order, method_name, same, unit
 from patchrank.report.gallery import GONE, SCALE, Gallery, heat, veil
 
 _LISTED = 20  # shards named on the page
@@ -27,15 +27,11 @@ def render(
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("patchrank.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=PackageLoader("patchrank.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     for function in (heat, veil, method_name):
         environment.filters[function.__name__] = function
-    environment.filters |= {"some": _some, "svg": _svg, "in_order": lambda methods: in_order(set(methods))}
+    environment.filters |= {"some": counted, "svg": _svg, "in_order": lambda methods: in_order(set(methods))}
     shown = {(one.shard, one.key): one for one in (*gallery.sample, *(gallery.changed or ()))}
     return environment.get_template("page.html").render(
         evaluation=evaluation,
@@ -101,9 +97,3 @@ def _facts(evaluation: Evaluation) -> list[tuple[str, str]]:
 
 def _svg(data: bytes) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(data).decode()}"
-
-
-def _some(things: int | Sequence[object], name: str) -> str:
-    """How many, with the noun: "1 image", "1,000 images"."""
-    count = things if isinstance(things, int) else len(things)
-    return f"{count:,} {name}{'s' * (count != 1)}"

@@ -63,6 +63,14 @@ FROM sums JOIN tokens USING (token), (SELECT count(*) AS images FROM rankings)
 ORDER BY position{order}, token
 LIMIT 20"""
 
+_ACCURACY = """\
+count(*) AS images,
+       round(100 * avg((prediction = label)::INT), 2) AS unpruned_top1_percent,
+       round(100 * avg((p.prediction = label)::INT), 2) AS pruned_top1_percent,
+       round(100 * avg((p.prediction = prediction)::INT), 2) AS unchanged_percent,
+       round(avg(p.cosine), 4) AS mean_cosine,
+       round(avg(p.confidence), 4) AS mean_confidence"""
+
 NAMED = {
     "summary": Query(
         "images, shards, rejects, failed shards, and top-1 accuracy of the unpruned model",
@@ -77,14 +85,9 @@ FROM rankings""",
     ),
     "accuracy": Query(
         "against keep rate: top-1 accuracy, unchanged predictions, mean cosine to the unpruned embedding, confidence",
-        """\
+        f"""\
 SELECT p.keep AS keep,
-       count(*) AS images,
-       round(100 * avg((prediction = label)::INT), 2) AS unpruned_top1_percent,
-       round(100 * avg((p.prediction = label)::INT), 2) AS pruned_top1_percent,
-       round(100 * avg((p.prediction = prediction)::INT), 2) AS unchanged_percent,
-       round(avg(p.cosine), 4) AS mean_cosine,
-       round(avg(p.confidence), 4) AS mean_confidence
+       {_ACCURACY}
 FROM (SELECT label, prediction, unnest(pruned) AS p FROM rankings)
 GROUP BY keep
 ORDER BY keep DESC""",
@@ -92,16 +95,11 @@ ORDER BY keep DESC""",
     ),
     "accuracy-by-class": Query(
         "the same for each class",
-        """\
+        f"""\
 SELECT label,
        name AS class,
        p.keep AS keep,
-       count(*) AS images,
-       round(100 * avg((prediction = label)::INT), 2) AS unpruned_top1_percent,
-       round(100 * avg((p.prediction = label)::INT), 2) AS pruned_top1_percent,
-       round(100 * avg((p.prediction = prediction)::INT), 2) AS unchanged_percent,
-       round(avg(p.cosine), 4) AS mean_cosine,
-       round(avg(p.confidence), 4) AS mean_confidence
+       {_ACCURACY}
 FROM (SELECT label, prediction, unnest(pruned) AS p FROM rankings WHERE label IS NOT NULL)
 LEFT JOIN classes USING (label)
 GROUP BY label, name, keep

@@ -100,7 +100,7 @@ def one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def usable(folder: str) -> Iterator[None]:
+def one_line_errors(folder: str) -> Iterator[None]:
     """Errors of the disk or the bucket that has the folder of a job become one line: UserError."""
     try:
         yield
