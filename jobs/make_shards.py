@@ -9,7 +9,6 @@ be decoded are left out and listed, and the exit status is then 1.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import random
@@ -27,9 +26,7 @@ from patchrank.errors import UserError, run
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "jobs/make_shards.py") -> int:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags.parser(prog, __doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", metavar="DIR", help="ImageFolder tree: DIR/CLASS/**/x.jpg, jpeg, png or webp")
     source.add_argument("--csv", metavar="FILE", help="CSV with a path and optionally a label (integer or name) a line")

@@ -11,19 +11,17 @@ The views are rankings, rejects, failures, classes and tokens; `DESCRIBE ranking
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 
+from patchrank import flags
 from patchrank.errors import UserError, run
 from patchrank.store import queries, rankings
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "jobs/query.py") -> int:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags.parser(prog, __doc__)
     parser.add_argument("folder", help="rankings folder that a search wrote: a path, s3://... or gs://...")
     parser.add_argument("query", nargs="?", help="SQL, or a named query: " + ", ".join(queries.NAMED))
     parser.add_argument("--format", choices=list(queries.FORMATS), help="default: table; with --out: csv")

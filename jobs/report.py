@@ -8,7 +8,6 @@ report/index.html needs nothing beside it: open it, mail it, or put it on a web 
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from collections.abc import Sequence
@@ -21,9 +20,7 @@ from patchrank.store import storage
 
 def main(argv: Sequence[str] | None = None, prog: str = "jobs/report.py") -> int:
     """Parse, write, print."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags.parser(prog, __doc__)
     add = parser.add_argument
     add("evaluation", help="folder that jobs/evaluate.py wrote: a path, s3://... or gs://...")
     add("--out", default="report", metavar="FOLDER", help="folder of the report (%(default)s)")

@@ -7,13 +7,13 @@ watch -n 30 python jobs/status.py FOLDER
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from patchrank import flags
 from patchrank.errors import run
 from patchrank.store import status
 from patchrank.store.status import Status
@@ -58,9 +58,7 @@ def _list(title: str, lines: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None, prog: str = "jobs/status.py") -> int:
     """Parse, read, print."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags.parser(prog, __doc__)
     parser.add_argument("folder", help="output folder of a search: a path, s3://... or gs://...")
     parser.add_argument("--json", action="store_true", help="everything, for programs; times in seconds since 1970")
     args = parser.parse_args(argv)

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 __version__ = "0.2.0.dev0"
 __all__ = ["Bundle", "Golden", "models", "prune", "rankings", "restore"]
 
-_HOMES = {  # where a name is; or the module that it stands for
-    "Bundle": "patchrank.pruning.bundle",
-    "Golden": "patchrank.pruning.golden",
+_HOMES = {  # MODULE:NAME, or the module that a name stands for
+    "Bundle": "patchrank.pruning.bundle:Bundle",
+    "Golden": "patchrank.pruning.golden:Golden",
     "models": "patchrank.model.loading",
-    "prune": "patchrank.pruning.pruned",
+    "prune": "patchrank.pruning.pruned:prune",
     "rankings": "patchrank.store.rankings",
-    "restore": "patchrank.pruning.pruned",
+    "restore": "patchrank.pruning.pruned:restore",
 }
 
 
@@ -29,5 +29,6 @@ def __getattr__(name: str) -> Any:
     """Imported when first asked for: queries and status do without torch, which takes seconds."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = importlib.import_module(_HOMES[name])
-    return getattr(home, name, home)
+    home, _, inner = _HOMES[name].partition(":")
+    module = importlib.import_module(home)
+    return getattr(module, inner) if inner else module

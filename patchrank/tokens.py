@@ -28,6 +28,12 @@ def select(usefulness: Tensor, count: int) -> Tensor:
     return usefulness.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
 
 
+def by_rank(ranking: Tensor) -> Tensor:
+    """A ranking as usefulness: (B, N) token ids, most useful first -> (B, N) int64 by token id, N .. 1, high = keep."""
+    places = ranking.new_tensor(range(ranking.shape[1], 0, -1)).expand_as(ranking)  # (B, N), the best highest
+    return ranking.new_empty(ranking.shape).scatter_(1, ranking, places)
+
+
 def matching_rate(usefulness: Tensor, ranking: Tensor, m: int) -> Tensor:
     """The share of the m best golden tokens that are among the m most useful predicted ones; m / N by chance.
 

@@ -142,10 +142,9 @@ class Record:
                 raise UserError(f"{folder}: no such folder")
             data = storage.read_bytes(path)
         except FileNotFoundError:
-            if storage.exists(storage.join(uri, "evaluation.json")):
-                raise UserError(f"{folder}: holds no {FILE} yet; run jobs/evaluate.py to its end") from None
-            reason = f"holds no {FILE}, so it is not a folder of an evaluation; run jobs/evaluate.py to its end"
-            raise UserError(f"{folder}: {reason}") from None
+            begun = storage.exists(storage.join(uri, "evaluation.json"))
+            lacks = f"{FILE} yet" if begun else f"{FILE}, so it is not a folder of an evaluation"
+            raise UserError(f"{folder}: holds no {lacks}; run jobs/evaluate.py to its end") from None
         except OSError as error:
             raise UserError(f"{folder}: cannot be read ({storage.one_line(error)})") from None
         try:

@@ -18,10 +18,10 @@ def adapt(visual: nn.Module, name: str = "this model") -> Adapter:
         UserError: there is no kind that takes it; names the model and the reason.
     """
     reason = f"its image tower is a {type(visual).__name__}"
-    for kind in KINDS:
-        if isinstance(visual, kind.module):
-            refusal = kind.refusal(visual)
-            if refusal is None:
-                return kind(visual)
-            reason = refusal
+    kinds = [kind for kind in KINDS if isinstance(visual, kind.module)]
+    for kind in sorted(kinds, key=lambda kind: type(visual).__mro__.index(kind.module)):  # that of a subclass first
+        refusal = kind.refusal(visual)
+        if refusal is None:
+            return kind(visual)
+        reason = refusal
     raise UserError(f"{name}: {reason}; patchrank takes plain vision transformers that are read at the class token")

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchrank.errors import UserError
+from patchrank.model.adapter import Adapter
 from patchrank.model.kinds import adapt
 
 
@@ -63,9 +64,14 @@ class Tower(nn.Module):
         self.cut = cut
         self.dtype = dtype
         self.visual = copy.deepcopy(visual).eval().requires_grad_(False)
-        self.adapter = adapt(self.visual, name)
+        self._kind = type(adapt(self.visual, name))
         self.adapter.prepare(dtype, device)
         self.grid = self.adapter.grid
+
+    @property
+    def adapter(self) -> Adapter:
+        """What is known of the tower. Made anew, as a replica (DataParallel's) is given a tower of its own."""
+        return self._kind(self.visual)
 
     @property
     def num_tokens(self) -> int:

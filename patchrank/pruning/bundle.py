@@ -85,7 +85,7 @@ class Bundle(
         search: fingerprint of the search whose rankings the predictor learnt.
         class_names: where learnable text tokens made class embeddings of their own, the names of the K classes.
         embed_dim: E of those.
-        figures: of `patchrank.evaluation.evaluate`: dicts with method, keep, images, top1, cosine and the like.
+        figures: of an evaluation: dicts with the fields of `patchrank.evaluation.record.Figure`.
         format: of the bundle's files.
 
     Attributes:

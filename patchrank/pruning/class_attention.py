@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from patchrank.data.pair_batches import PairBatch
+from patchrank.errors import UserError
 from patchrank.model.adapter import Adapter
+from patchrank.pruning.methods import Need
 from patchrank.pruning.selector import Attention, Selector
 
 
@@ -18,8 +20,9 @@ class ClassAttention(Selector):
     needs_a_block = True
 
     def forward(self, tokens: Tensor, count: int, attention: Attention, batch: PairBatch | None = None) -> Tensor:
-        """As `Selector.forward`; float32."""
-        assert attention is not None
+        """As `Selector.forward`, float32; raises UserError where there is no block before."""
+        if attention is None:
+            raise UserError(Need.BLOCK.value)
         return attention()
 
     def multiply_adds(self, adapter: Adapter, schedule: Mapping[int, int]) -> int:

@@ -13,6 +13,7 @@ from patchrank.errors import UserError
 from patchrank.pruning.selector import Attention, Selector
 from patchrank.store import rankings
 from patchrank.store.rankings import Rankings
+from patchrank.tokens import by_rank
 
 
 class Golden(Selector):
@@ -24,20 +25,15 @@ class Golden(Selector):
         embeddings = model.encode_image(images)
 
     Args:
-        folder: of the rankings; all of them are kept in memory, 2 N bytes an image. None where every batch has its own,
-            as in an evaluation.
+        folder: of the rankings; all of them are kept in memory, 2 N bytes an image.
 
     Raises:
         UserError: no rankings there, or two of one key.
     """
 
-    def __init__(self, folder: str | Rankings | None = None) -> None:
+    def __init__(self, folder: str | Rankings) -> None:
         super().__init__()
         self._current: Tensor | None = None
-        self._rows: dict[str, int] = {}
-        self.folder: str | None = None
-        if folder is None:
-            return
         corpus = rankings.open(folder) if isinstance(folder, str) else folder
         self.folder = corpus.folder
         found = corpus.tensors(["ranking"])
@@ -59,17 +55,22 @@ class Golden(Selector):
             self._current = None
 
     def forward(self, tokens: Tensor, count: int, attention: Attention, batch: PairBatch | None = None) -> Tensor:
-        """As `Selector.forward`; raises UserError where the images have no rankings, or those named are not as many."""
+        """As `Selector.forward`; raises UserError where the images were not named, or are not as many."""
         ranking, shape = self._current, (tokens.shape[0], count)
-        if batch is not None:
-            ranking = batch.ranking
-            if ranking is None:
-                raise UserError("these images have no golden rankings; run jobs/search.py on their shards first")
-        elif ranking is None or tuple(ranking.shape) != shape:
+        if ranking is None or tuple(ranking.shape) != shape:
             named = "none" if ranking is None else " x ".join(map(str, ranking.shape))
             raise UserError(
                 f"golden rankings of {named} named for {shape[0]} images of {shape[1]} tokens: "
                 "encode them inside `with golden.of(keys):`, a key an image"
             )
-        places = torch.arange(shape[1], 0, -1, device=tokens.device).expand(shape)  # (B, N), the best highest
-        return torch.zeros_like(places).scatter(1, ranking.to(tokens.device), places)
+        return by_rank(ranking.to(tokens.device))
+
+
+class OfBatches(Selector):
+    """Golden rankings that batches bring along, as in an evaluation."""
+
+    def forward(self, tokens: Tensor, count: int, attention: Attention, batch: PairBatch | None = None) -> Tensor:
+        """As `Selector.forward`; raises UserError where the images have no rankings."""
+        if batch is None or batch.ranking is None:
+            raise UserError("these images have no golden rankings; run jobs/search.py on their shards first")
+        return by_rank(batch.ranking.to(tokens.device))

@@ -103,7 +103,7 @@ def _of(path: str) -> Callable[[Bundle | None], Method]:
 # is too dark for a dark page, black for neither. What a user would deploy leads before what bounds it.
 METHODS: dict[str, Entry] = {
     GOLDEN: Entry(
-        "Golden ranking", _of("golden.Golden"), "#E69F00", "o", "-", 2, (Need.RANKINGS,), shown=True, timed=False
+        "Golden ranking", _of("golden.OfBatches"), "#E69F00", "o", "-", 2, (Need.RANKINGS,), shown=True, timed=False
     ),
     PREDICTOR: Entry(
         "Predictor", _of("predicted.alone"), "#0072B2", "s", "-", 1, (Need.PREDICTOR,), "#56B4E9", shown=True

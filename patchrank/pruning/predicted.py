@@ -10,7 +10,7 @@ from patchrank.data.pair_batches import PairBatch
 from patchrank.model.adapter import Adapter
 from patchrank.pruning.bundle import Bundle
 from patchrank.pruning.methods import Method
-from patchrank.pruning.predictor import Predictor
+from patchrank.pruning.predictor import Predictor, check_prefix
 from patchrank.pruning.selector import Attention, Selector
 
 
@@ -22,7 +22,8 @@ class Predicted(Selector):
         self.predictor = predictor
 
     def forward(self, tokens: Tensor, count: int, attention: Attention, batch: PairBatch | None = None) -> Tensor:
-        """As `Selector.forward`."""
+        """As `Selector.forward`; raises UserError for other prefix tokens than a class token."""
+        check_prefix(tokens.shape[1] - count)
         return self.predictor(tokens)
 
     def multiply_adds(self, adapter: Adapter, schedule: Mapping[int, int]) -> int:

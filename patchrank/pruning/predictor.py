@@ -23,10 +23,17 @@ from patchrank.errors import UserError
 from patchrank.flags import at_least, flag
 from patchrank.model import artifacts
 from patchrank.model.tower import Tower
+from patchrank.tokens import by_rank
 
 TARGETS = ("rank", "score")
 NAME = "predictor"  # of its files
 PREFIX_TOKENS = 1  # of the towers that predictors are for: the class token
+
+
+def check_prefix(prefix_tokens: int) -> None:
+    """Raises UserError for a tower with so many tokens before its patches."""
+    if prefix_tokens != PREFIX_TOKENS:
+        raise UserError("predictors take image towers with a class token and nothing else before the patches")
 
 
 @dataclass(frozen=True)
@@ -124,8 +131,7 @@ def targets(ranking: Tensor, score: Tensor, kind: str) -> Tensor:
         ValueError: another kind.
     """
     if kind == "rank":
-        places = torch.arange(ranking.shape[1], 0, -1, device=ranking.device).expand_as(ranking)  # (B, N), best highest
-        usefulness = torch.empty_like(ranking).scatter_(1, ranking, places).double()
+        usefulness = by_rank(ranking).double()
     elif kind == "score":
         usefulness = -score.double()  # scores of an image often differ in the fifth decimal only
     else:

@@ -22,6 +22,7 @@ from patchrank.model import loading
 from patchrank.model.classes import classes_of
 from patchrank.model.loading import Model
 from patchrank.model.tower import Tower
+from patchrank.pruning.predictor import check_prefix
 from patchrank.store import rankings
 from patchrank.training.outcome import Figures
 
@@ -158,6 +159,7 @@ def open_images(source: ImageSource, seed: int = 0) -> tuple[RankedImages, Model
     loaded = loading.load(model, pretrained)
     tower = Tower(loaded.visual, corpus.settings["model"]["cut"], name=model)
     pairs.check(corpus, tower, loaded.weights)
+    check_prefix(tower.adapter.prefix_tokens)
     loading.resolve_dtype(source.dtype, gpu=False)  # refuses other names
     _, known = classes_of(corpus)
     images = RankedImages(

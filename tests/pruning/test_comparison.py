@@ -12,7 +12,7 @@ from patchrank.errors import UserError
 from patchrank.model.tower import Tower
 from patchrank.pruning.chance import Chance
 from patchrank.pruning.comparison import Comparison, render
-from patchrank.pruning.golden import Golden
+from patchrank.pruning.golden import OfBatches
 from patchrank.pruning.methods import Method
 from patchrank.pruning.prompts import TokensConfig, VisualTokens
 from patchrank.tokens import matching_rate
@@ -37,7 +37,7 @@ def setting(small_clip):
 
 def test_rows_equal_the_loop_over_images(setting):
     model, tower, classes, batches = setting
-    comparison = Comparison(tower, {"golden": Method(Golden()), "random": Method(Chance())}, KEEP_RATES, classes)
+    comparison = Comparison(tower, {"golden": Method(OfBatches()), "random": Method(Chance())}, KEEP_RATES, classes)
     for batch in batches:
         comparison.add(batch)
     rows = comparison.rows()
@@ -50,7 +50,7 @@ def test_rows_equal_the_loop_over_images(setting):
     for row in rows[1:]:
         cosines, hits, labelled, matching = [], 0, 0, []
         for batch in batches:
-            selector = Golden() if row.method == "golden" else Chance()
+            selector = OfBatches() if row.method == "golden" else Chance()
             usefulness = selector(torch.zeros(len(batch.keys), 21, 8), 20, None, batch)
             count = round(20 * row.keep)
             matching += matching_rate(usefulness, batch.ranking, count).tolist()
@@ -94,9 +94,9 @@ def test_learnable_tokens_and_class_embeddings_of_a_method(setting):
     with torch.no_grad():
         tokens.visual.mul_(50)
     methods = {
-        "plain": Method(Golden()),
-        "tokens": Method(Golden(), tokens),
-        "turned": Method(Golden(), None, classes.roll(1, dims=0)),
+        "plain": Method(OfBatches()),
+        "tokens": Method(OfBatches(), tokens),
+        "turned": Method(OfBatches(), None, classes.roll(1, dims=0)),
         "unpruned with tokens": Method(None, tokens),
         "random with tokens": Method(Watched(), tokens),
     }
@@ -129,7 +129,7 @@ def test_a_keep_rate_that_leaves_nothing_is_refused(setting, keep):
 
 def test_the_table_has_a_line_a_method_and_a_column_a_keep_rate(setting):
     _, tower, classes, batches = setting
-    comparison = Comparison(tower, {"golden": Method(Golden()), "random": Method(Chance())}, KEEP_RATES, classes)
+    comparison = Comparison(tower, {"golden": Method(OfBatches()), "random": Method(Chance())}, KEEP_RATES, classes)
     comparison.add(batches[0])
     accuracy, cosine, matching = (block.splitlines() for block in render(comparison.rows()).split("\n\n"))
     assert accuracy[0].split() == ["top-1,", "%", "keep", "0.8", "keep", "0.5", "keep", "0.25"]

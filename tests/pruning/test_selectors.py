@@ -11,7 +11,7 @@ from patchrank.model.tower import Tower
 from patchrank.pruning.chance import Chance
 from patchrank.pruning.class_attention import ClassAttention
 from patchrank.pruning.comparison import before_cut
-from patchrank.pruning.golden import Golden
+from patchrank.pruning.golden import OfBatches
 
 
 def make_batch(keys, pixels=None, ranked=True):
@@ -71,7 +71,7 @@ def test_random_depends_on_the_key_alone():
 
 def test_golden_gives_the_ranking_back_and_refuses_images_without_one():
     batch = make_batch("abc")
-    usefulness = Golden()(torch.zeros(3, 21, 8), 20, None, batch)
+    usefulness = OfBatches()(torch.zeros(3, 21, 8), 20, None, batch)
     assert torch.equal(usefulness.argsort(dim=1, descending=True), batch.ranking)
     with pytest.raises(UserError, match=r"these images have no golden rankings; run jobs/search\.py"):
-        Golden()(torch.zeros(3, 21, 8), 20, None, make_batch("abc", ranked=False))
+        OfBatches()(torch.zeros(3, 21, 8), 20, None, make_batch("abc", ranked=False))
