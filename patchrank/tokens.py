@@ -30,8 +30,7 @@ def select(usefulness: Tensor, count: int) -> Tensor:
 
 def by_rank(ranking: Tensor) -> Tensor:
     """A ranking as usefulness: (B, N) token ids, most useful first -> (B, N) int64 by token id, N .. 1, high = keep."""
-    places = ranking.new_tensor(range(ranking.shape[1], 0, -1)).expand_as(ranking)  # (B, N), the best highest
-    return ranking.new_empty(ranking.shape).scatter_(1, ranking, places)
+    return ranking.shape[1] - ranking.argsort(dim=1)  # sorting a permutation gives the place of each token
 
 
 def matching_rate(usefulness: Tensor, ranking: Tensor, m: int) -> Tensor:

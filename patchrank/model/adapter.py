@@ -12,6 +12,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from patchrank.errors import UserError
+
+
+def class_token_alone(prefix_tokens: int, what: str) -> None:
+    """Raises UserError, which says what takes no other towers, where not one token stands before the patches."""
+    if prefix_tokens != 1:
+        raise UserError(f"{what} image towers with a class token and nothing else before the patches")
+
 
 class Adapter(ABC):
     """An image tower taken apart. It holds the module and no weights of its own, so making one costs nothing.

@@ -39,9 +39,6 @@ class Tower(nn.Module):
         device: where the copy lives.
         name: the model's name, for error messages.
 
-    Attributes:
-        adapter: what is known of the tower's kind.
-
     Raises:
         UserError: the tower is of a kind that cannot be cut (see `adapt`), or it has no block `cut`.
     """
@@ -57,16 +54,17 @@ class Tower(nn.Module):
         name: str = "this model",
     ) -> None:
         super().__init__()
-        blocks = adapt(visual, name).depth
+        adapter = adapt(visual, name)
+        blocks = adapter.depth
         cut = default_cut(blocks) if cut is None else cut
         if not 0 <= cut < blocks:
             raise UserError(f"{name} has {blocks} blocks: the cut must be 0 to {blocks - 1}, not {cut}")
         self.cut = cut
         self.dtype = dtype
         self.visual = copy.deepcopy(visual).eval().requires_grad_(False)
-        self._kind = type(adapt(self.visual, name))
+        self._kind = type(adapter)
         self.adapter.prepare(dtype, device)
-        self.grid = self.adapter.grid
+        self.grid = adapter.grid
 
     @property
     def adapter(self) -> Adapter:
@@ -130,18 +128,19 @@ class Tower(nn.Module):
         Returns:
             (C, E) float32 (float64 for a float64 tower), not normalised, as `encode_image` gives them.
         """
-        p = self.adapter.prefix_tokens
+        adapter = self.adapter
+        p, length = adapter.prefix_tokens, adapter.length
         if kept is None:
             x = tokens if image is None else tokens[image]  # (C, p + N + b, D)
         else:
             rows = torch.arange(kept.shape[0], device=kept.device) if image is None else image
             first = torch.arange(p, device=kept.device).expand(len(kept), -1)  # (C, p)
-            extra = torch.arange(self.length, tokens.shape[1], device=kept.device).expand(len(kept), -1)  # (C, b)
+            extra = torch.arange(length, tokens.shape[1], device=kept.device).expand(len(kept), -1)  # (C, b)
             positions = torch.cat([first, kept + p, extra], dim=1)  # (C, p + n + b)
             x = tokens[rows[:, None], positions]  # (C, p + n + b, D)
         if gates is not None:
-            gates = F.pad(gates, (p, tokens.shape[1] - self.length), value=1.0)  # (C, p + n + b)
-        return self.adapter.readout(self.adapter.run(x, self.cut, gates=gates))  # (C, E)
+            gates = F.pad(gates, (p, tokens.shape[1] - length), value=1.0)  # (C, p + n + b)
+        return adapter.readout(adapter.run(x, self.cut, gates=gates))  # (C, E)
 
     def prefix_multiply_adds(self) -> int:
         """Exact multiply-adds of `prefix` for an image; norms and activations not counted."""

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchrank.errors import UserError
-from patchrank.model.adapter import Adapter
+from patchrank.model.adapter import Adapter, class_token_alone
 from patchrank.model.kinds import adapt
 from patchrank.pruning.methods import Method
 from patchrank.pruning.schedule import Schedule, scheduled_multiply_adds
@@ -59,8 +58,7 @@ def image_tower(visual: nn.Module, schedule: Schedule) -> MergedTower:
         UserError: its first patch is not behind a class token alone.
     """
     adapter = adapt(visual)
-    if adapter.prefix_tokens != 1:
-        raise UserError("token merging takes image towers with a class token and nothing else before the patches")
+    class_token_alone(adapter.prefix_tokens, "token merging takes")
     return MergedTower(visual, merges_for(adapter, scheduled_multiply_adds(adapter, schedule)) if schedule else [])
 
 

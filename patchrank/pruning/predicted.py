@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from patchrank.data.pair_batches import PairBatch
-from patchrank.model.adapter import Adapter
+from patchrank.model.adapter import Adapter, class_token_alone
 from patchrank.pruning.bundle import Bundle
 from patchrank.pruning.methods import Method
-from patchrank.pruning.predictor import Predictor, check_prefix
+from patchrank.pruning.predictor import Predictor
 from patchrank.pruning.selector import Attention, Selector
 
 
@@ -23,7 +23,7 @@ class Predicted(Selector):
 
     def forward(self, tokens: Tensor, count: int, attention: Attention, batch: PairBatch | None = None) -> Tensor:
         """As `Selector.forward`; raises UserError for other prefix tokens than a class token."""
-        check_prefix(tokens.shape[1] - count)
+        class_token_alone(tokens.shape[1] - count, "predictors take")
         return self.predictor(tokens)
 
     def multiply_adds(self, adapter: Adapter, schedule: Mapping[int, int]) -> int:

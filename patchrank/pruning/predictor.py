@@ -30,12 +30,6 @@ NAME = "predictor"  # of its files
 PREFIX_TOKENS = 1  # of the towers that predictors are for: the class token
 
 
-def check_prefix(prefix_tokens: int) -> None:
-    """Raises UserError for a tower with so many tokens before its patches."""
-    if prefix_tokens != PREFIX_TOKENS:
-        raise UserError("predictors take image towers with a class token and nothing else before the patches")
-
-
 @dataclass(frozen=True)
 class PredictorConfig:
     """The shape of a predictor. Raises UserError for a value that makes no sense."""

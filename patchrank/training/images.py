@@ -19,10 +19,10 @@ from patchrank.data.pairs import Pairs
 from patchrank.errors import UserError
 from patchrank.flags import at_least, flag
 from patchrank.model import loading
+from patchrank.model.adapter import class_token_alone
 from patchrank.model.classes import classes_of
 from patchrank.model.loading import Model
 from patchrank.model.tower import Tower
-from patchrank.pruning.predictor import check_prefix
 from patchrank.store import rankings
 from patchrank.training.outcome import Figures
 
@@ -159,7 +159,7 @@ def open_images(source: ImageSource, seed: int = 0) -> tuple[RankedImages, Model
     loaded = loading.load(model, pretrained)
     tower = Tower(loaded.visual, corpus.settings["model"]["cut"], name=model)
     pairs.check(corpus, tower, loaded.weights)
-    check_prefix(tower.adapter.prefix_tokens)
+    class_token_alone(tower.adapter.prefix_tokens, "predictors take")
     loading.resolve_dtype(source.dtype, gpu=False)  # refuses other names
     _, known = classes_of(corpus)
     images = RankedImages(
