@@ -170,8 +170,8 @@ class ShardEvaluator:
             for name, values in self._classified(cell, labels).items():
                 columns[name] += values
             matching: list[float | None] = [None] * size
-            if ranking is not None and cell.usefulness is not None:
-                m = self.config.match or self.pruner.counts[cell.keep]
+            if ranking is not None and cell.usefulness is not None and cell.kept is not None:
+                m = self.config.match or cell.kept.shape[1]
                 matching = matching_rate(cell.usefulness.cpu(), ranking, m).tolist()
             columns["matching"] += matching
             columns["kept"] += [None] * size if cell.kept is None else list(cell.kept.cpu().numpy().astype(np.uint16))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from patchrank.data.pair_batches import PairBatch
 from patchrank.model.tower import Tower
 from patchrank.pruning.methods import UNPRUNED, Method
+from patchrank.pruning.schedule import at_keep_rate, budget
 from patchrank.pruning.selector import Attention
 from patchrank.tokens import count_kept, matching_rate, select
 
@@ -45,26 +46,27 @@ class Pruner:
     Args:
         tower: the model.
         methods: by name, on the tower's device; `UNPRUNED` is not among them.
-        keep_rates: at which all of them prune.
-
-    Attributes:
-        counts: how many tokens stay, by keep rate.
+        keep_rates: at which all of them prune, at equal multiply-adds (see `patchrank.pruning.schedule`).
 
     Raises:
         UserError: a keep rate that leaves nothing, or is above 1.
     """
 
     def __init__(self, tower: Tower, methods: Mapping[str, Method], keep_rates: Sequence[float]) -> None:
-        self.tower, self.methods = tower, dict(methods)
-        self.counts = {keep: count_kept(tower.num_tokens, keep, "--keep-rates") for keep in keep_rates}
+        self.tower, self.methods, self.keep_rates = tower, dict(methods), tuple(keep_rates)
         self._towers: dict[tuple[str, float], nn.Module] = {}
-        for name, method in self.methods.items():
-            if method.image_tower is None:
-                continue
-            for keep, count in self.counts.items():
-                made = method.image_tower(tower.visual, {tower.cut: count} if keep < 1 else {})
-                # An idle one is open_clip's own forward pass, which a tower's mix of dtypes is not for.
-                self._towers[name, keep] = tower if made.idle else made
+        self._patches: dict[tuple[str, float], int] = {}  # that stay
+        adapter = tower.adapter
+        for keep in keep_rates:
+            count_kept(tower.num_tokens, keep, "--keep-rates")  # refuses those that make no sense
+            for name, method in self.methods.items():
+                if method.selector is not None:
+                    schedule = at_keep_rate(adapter, method, tower.cut, keep, "--keep-rates")
+                    self._patches[name, keep] = schedule.get(tower.cut, tower.num_tokens)
+                elif method.image_tower is not None:
+                    # An unpruned one is open_clip's own forward pass, which a tower's mix of dtypes is not for.
+                    limit = budget(adapter, method, tower.cut, keep)
+                    self._towers[name, keep] = tower if keep == 1 else method.image_tower(tower.visual, limit)
 
     @torch.no_grad()
     def prune(self, batch: PairBatch) -> Iterator[Pruned]:
@@ -76,7 +78,7 @@ class Pruner:
         for name, method in self.methods.items():
             if method.image_tower is not None:
                 pixels = batch.pixels.to(tower.device, tower.dtype)
-                for keep in self.counts:
+                for keep in self.keep_rates:
                     yield Pruned(name, keep, self._towers[name, keep](pixels).to(whole.dtype))
                 continue
             tokens = full if method.tokens is None else method.tokens.prefix(tower, batch.pixels, full)
@@ -85,9 +87,10 @@ class Pruner:
                 continue
             patches = tokens[:, : tower.length]  # (B, p + N, D), without learnable tokens
             usefulness = method.selector(patches, count, attention, batch)  # (B, N)
-            for keep, stay in self.counts.items():
-                kept = select(usefulness, stay)
-                yield Pruned(name, keep, tower.suffix(tokens, kept), usefulness, kept)
+            for keep in self.keep_rates:
+                kept = select(usefulness, self._patches[name, keep])
+                embeddings = tower.suffix(full if keep == 1 else tokens, kept)
+                yield Pruned(name, keep, embeddings, usefulness, kept)
 
 
 def before_cut(tower: Tower, images: Tensor) -> tuple[Tensor, int, Attention]:
@@ -152,7 +155,7 @@ class Comparison:
         self.pruner = Pruner(tower, methods, keep_rates)
         self.classes = classes
         self.m = m
-        rates = self.pruner.counts
+        rates = self.pruner.keep_rates
         self._cells = [(UNPRUNED, 1.0)] + [
             (name, keep) for name, method in methods.items() for keep in (rates if method.prunes else (1.0,))
         ]
@@ -166,9 +169,9 @@ class Comparison:
             figures = self._labelled(pruned, batch)
             cosine = F.cosine_similarity(pruned.embeddings, full).double().sum().item()
             figures |= {"images": len(full), "cosine": cosine}
-            if batch.ranking is not None and pruned.usefulness is not None:
+            if batch.ranking is not None and pruned.usefulness is not None and pruned.kept is not None:
                 ranking = batch.ranking.to(full.device)
-                rates = matching_rate(pruned.usefulness, ranking, self.m or self.pruner.counts[pruned.keep])
+                rates = matching_rate(pruned.usefulness, ranking, self.m or pruned.kept.shape[1])
                 figures |= {"ranked": len(full), "matching": rates.double().sum().item()}
             self.sums[row] += torch.tensor([figures.get(figure, 0.0) for figure in _FIGURES], dtype=torch.float64)
         return found

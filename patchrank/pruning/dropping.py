@@ -7,8 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from patchrank.pruning.methods import Method
 from patchrank.pruning.prompts import VisualTokens
-from patchrank.pruning.schedule import Schedule, scheduled_multiply_adds
+from patchrank.pruning.schedule import Schedule, multiply_adds
 from patchrank.pruning.selector import Selector
 from patchrank.pruning.stand_in import StandIn
 
@@ -23,6 +24,8 @@ class PrunedTower(StandIn):
             the others, too.
         tokens: learnable tokens that go along and are never pruned.
         cut: the block before which these join the others, where they do not join at the input.
+
+    Without a schedule nothing leaves, no learnable tokens join, and the model is as it was.
     """
 
     def __init__(
@@ -31,7 +34,7 @@ class PrunedTower(StandIn):
         schedule: Schedule,
         selector: Selector | None = None,
         tokens: VisualTokens | None = None,
-        cut: int | None = None,
+        cut: int = 0,
     ) -> None:
         super().__init__(visual)
         self.schedule = dict(sorted(schedule.items()))
@@ -42,7 +45,7 @@ class PrunedTower(StandIn):
     @property
     def idle(self) -> bool:
         """As `StandIn.idle`."""
-        return not self.schedule and self.tokens is None
+        return not self.schedule
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings of pruned images, (B, 3, H, W) -> (B, E), as the original tower gives them: not normalised."""
@@ -96,8 +99,4 @@ class PrunedTower(StandIn):
         """As `StandIn.multiply_adds`."""
         if self.idle:
             return self.adapter.full_multiply_adds()
-        chosen = 0 if self.selector is None else self.selector.multiply_adds(self.adapter, self.schedule)
-        place = None if self.tokens is None else self.tokens.config.place
-        start = None if place is None else 0 if place == "input" else self.cut
-        count = 0 if self.tokens is None else self.tokens.config.count
-        return scheduled_multiply_adds(self.adapter, self.schedule, count, start) + chosen
+        return multiply_adds(self.adapter, Method(self.selector, self.tokens), self.schedule, self.cut)

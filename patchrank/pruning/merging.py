@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from patchrank.model.adapter import Adapter, class_token_alone
 from patchrank.model.kinds import adapt
 from patchrank.pruning.methods import Method
-from patchrank.pruning.schedule import Schedule, scheduled_multiply_adds
 from patchrank.pruning.stand_in import StandIn
 
 
@@ -51,15 +50,15 @@ class MergedTower(StandIn):
         return self.adapter.full_multiply_adds() if self.idle else merging_multiply_adds(self.adapter, self.merges)
 
 
-def image_tower(visual: nn.Module, schedule: Schedule) -> MergedTower:
-    """A tower that merges, at as many multiply-adds as dropping tokens by a schedule takes.
+def image_tower(visual: nn.Module, multiply_adds: int) -> MergedTower:
+    """A tower that merges, at about so many multiply-adds an image.
 
     Raises:
         UserError: its first patch is not behind a class token alone.
     """
     adapter = adapt(visual)
     class_token_alone(adapter.prefix_tokens, "token merging takes")
-    return MergedTower(visual, merges_for(adapter, scheduled_multiply_adds(adapter, schedule)) if schedule else [])
+    return MergedTower(visual, merges_for(adapter, multiply_adds))
 
 
 def by_merging(_: object) -> Method:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:  # the report reads this file, and torch takes seconds to impo
 
     from patchrank.pruning.bundle import Bundle
     from patchrank.pruning.prompts import VisualTokens
-    from patchrank.pruning.schedule import Schedule
     from patchrank.pruning.selector import Selector
     from patchrank.pruning.stand_in import StandIn
 
@@ -45,14 +44,17 @@ class Method:
         selector: tells which patch tokens stay; all do where None.
         tokens: learnable tokens that go along.
         classes: (K, E) normalised class embeddings of its own, which learnable text tokens give.
-        image_tower: for what is no choice of tokens: makes, of a model's image tower, one that takes about as many
-            multiply-adds as dropping tokens by a schedule does.
+        image_tower: for what is no choice of tokens: makes, of a model's image tower, one that takes about so many
+            multiply-adds an image.
+        allowance: for what is matched to a predictor, the multiply-adds of that: it may take as many as what the
+            predictor prunes does in all. None keeps the share of tokens that a keep rate says.
     """
 
     selector: Selector | None = None
     tokens: VisualTokens | None = None
     classes: Tensor | None = None
-    image_tower: Callable[[Any, Schedule], StandIn] | None = None
+    image_tower: Callable[[Any, int], StandIn] | None = None
+    allowance: int | None = None
 
     @property
     def prunes(self) -> bool:
@@ -88,13 +90,19 @@ class Entry:
     timed: bool = True
 
 
-def _of(path: str) -> Callable[[Bundle | None], Method]:
-    """A function of a file of this package, or a class of selectors that need nothing; imported when called."""
+def _of(path: str, matched: bool = False) -> Callable[[Bundle | None], Method]:
+    """A function of a file of this package, or a class of selectors that need nothing; imported when called.
+
+    Args:
+        matched: whether what it makes is matched to the bundle's predictor.
+    """
 
     def make(bundle: Bundle | None) -> Method:
         file, name = path.split(".")
         found = getattr(importlib.import_module(f"patchrank.pruning.{file}"), name)
-        return Method(found()) if isinstance(found, type) else found(bundle)
+        method = Method(found()) if isinstance(found, type) else found(bundle)
+        allowance = 0 if bundle is None else bundle.predictor.multiply_adds()
+        return replace(method, allowance=allowance) if matched else method
 
     return make
 
@@ -119,7 +127,7 @@ METHODS: dict[str, Entry] = {
     ),
     ATTENTION: Entry(
         "Class attention",
-        _of("class_attention.ClassAttention"),
+        _of("class_attention.ClassAttention", matched=True),
         "#D55E00",
         "^",
         (0, (4, 2)),
@@ -127,8 +135,8 @@ METHODS: dict[str, Entry] = {
         (Need.BLOCK,),
         shown=True,
     ),
-    MERGING: Entry("Token merging", _of("merging.by_merging"), "#CC79A7", "v", (0, (4, 1.5, 1, 1.5)), 4),
-    RANDOM: Entry("Random", _of("chance.Chance"), "#7d858f", "X", (0, (1.5, 1.5)), 5, timed=False),
+    MERGING: Entry("Token merging", _of("merging.by_merging", matched=True), "#CC79A7", "v", (0, (4, 1.5, 1, 1.5)), 4),
+    RANDOM: Entry("Random", _of("chance.Chance", matched=True), "#7d858f", "X", (0, (1.5, 1.5)), 5, timed=False),
 }
 
 

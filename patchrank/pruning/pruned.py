@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,16 @@ from patchrank.model.tower import default_cut
 from patchrank.pruning.bundle import Bundle
 from patchrank.pruning.dropping import PrunedTower
 from patchrank.pruning.methods import METHODS, RANDOM, TOKENS, Method, Need, by_name_alone
-from patchrank.pruning.schedule import Schedule, checked, spread
+from patchrank.pruning.schedule import (
+    Schedule,
+    at_keep_rate,
+    budget,
+    checked,
+    scheduled_multiply_adds,
+    spread,
+)
 from patchrank.pruning.selector import Selector
 from patchrank.pruning.stand_in import StandIn
-from patchrank.tokens import count_kept
 
 DEFAULT_KEEP = 0.6
 
@@ -49,8 +55,9 @@ def prune(
         how: a bundle, the folder of one or its id on the Hugging Face hub: what a training left (`patchrank.Bundle`).
             Or, to compare with: "class-attention", "random", "token-merging" (then tokens are merged, at as many
             multiply-adds), or `patchrank.Golden` for images whose rankings are known.
-        keep: the share of patch tokens that stay; or, to drop them in several parts, by the number of the block before
-            which the others leave: {3: 0.9, 5: 0.75, 7: 0.6}. What a bundle was made for, or 0.6, where None.
+        keep: the share of patch tokens that stay, a bundle's learnable tokens counted among them; or, to drop them in
+            several parts, by the number of the block before which the others leave: {3: 0.9, 5: 0.75, 7: 0.6}. What a
+            bundle was made for, or 0.6, where None. At 1 the model stays as it is.
         multiply_adds: instead of `keep`, how much of the unpruned model's multiply-adds may be used, in 0 .. 1.
         blocks: the blocks before which tokens leave, in equal parts, where `keep` is one number; one block, the
             bundle's cut or a quarter of the depth, where None.
@@ -81,14 +88,18 @@ def prune(
     places = [cut] if blocks is None else sorted(blocks)
     if not places or (isinstance(keep, Mapping) and not keep):
         raise UserError(f"{'keep' if places else 'blocks'}: names no block before which tokens could leave")
-    count = partial(count_kept, adapter.num_tokens, flag="keep")
+
+    def patches(block: int, rate: float) -> int:
+        alone = replace(method, allowance=None)  # there is no predictor that it is compared with
+        return at_keep_rate(adapter, alone, block, rate).get(block, adapter.num_tokens)
+
     if multiply_adds is not None:
         schedule = _schedule_for(adapter, places, multiply_adds, method, cut)
     elif isinstance(keep, Mapping):
-        schedule = checked(adapter, {int(block): count(rate) for block, rate in keep.items()})
+        schedule = checked(adapter, {int(block): patches(int(block), rate) for block, rate in keep.items()})
     else:
         rate = keep if keep is not None else bundle.keep if bundle is not None else DEFAULT_KEEP
-        schedule = checked(adapter, spread(adapter.num_tokens, places, count(rate)))
+        schedule = checked(adapter, spread(adapter.num_tokens, places, patches(places[0], rate)))
     if schedule and method.selector is not None and method.selector.needs_a_block and min(schedule) == 0:
         raise UserError("block 0: there is no block before it whose attention could tell which tokens stay")
     if schedule and bundle is not None and min(schedule) != cut:
@@ -119,14 +130,16 @@ def pruned_tower(name: str, visual: Any, cut: int, keep: float, bundle: Bundle |
         UserError: a keep rate that leaves nothing.
     """
     if Need.RANKINGS in METHODS[name].needs:
-        name = RANDOM
-    count = count_kept(adapt(visual).num_tokens, keep)
-    return _tower(METHODS[name].make(bundle), visual, {cut: count} if keep < 1 else {}, cut)
+        name, bundle = RANDOM, None
+    method, adapter = METHODS[name].make(bundle), adapt(visual)
+    if method.image_tower is not None:
+        return method.image_tower(visual, budget(adapter, method, cut, keep))
+    return PrunedTower(visual, at_keep_rate(adapter, method, cut, keep), method.selector, method.tokens, cut)
 
 
 def _tower(method: Method, visual: Any, schedule: Schedule, cut: int) -> StandIn:
     if method.image_tower is not None:
-        return method.image_tower(visual, schedule)
+        return method.image_tower(visual, scheduled_multiply_adds(adapt(visual), schedule))
     return PrunedTower(visual, schedule, method.selector, method.tokens, cut)
 
 
