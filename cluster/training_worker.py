@@ -41,8 +41,11 @@ class Task(Protocol):
     def steps_per_epoch(self, global_batch: int) -> int:
         """Steps in which as many samples are seen as there are; asked in the driver."""
 
-    def start(self, device: torch.device) -> nn.Module:
-        """What is to be trained. What is frozen goes to the device and stays out of the module."""
+    def start(self, device: torch.device, steps: int) -> nn.Module:
+        """What is to be trained, in so many steps. What is frozen goes to the device and stays out of the module."""
+
+    def parameters(self, module: nn.Module) -> list[tuple[list[nn.Parameter], float]]:
+        """The module's parameters in groups, each with its learning rate as a share of the training's."""
 
     def batches(self, rank: int, world: int, size: int, accumulation: int, start: int) -> Iterator[Any]:
         """The batches of one rank from step `start` on, without end; `accumulation` of them a step, always the same."""
@@ -121,8 +124,8 @@ class Worker:
         self.device = ray.train.torch.get_device()
         torch.set_num_threads(plan.places.cpus)
         torch.manual_seed(plan.config.seed)
-        self.module = self.task.start(self.device)
-        self.engine = _engine(_Loss(self.task, self.module), plan)
+        self.module = self.task.start(self.device, plan.steps)
+        self.engine = _engine(self.task, self.module, plan)
 
     def run(self) -> None:
         """Train from the last checkpoint, if there is one, to the end, and save.
@@ -255,7 +258,7 @@ class Log:
             self.flush()
 
 
-def _engine(module: nn.Module, plan: Plan) -> Any:
+def _engine(task: Task, module: nn.Module, plan: Plan) -> Any:
     """DeepSpeed's engine around the module, in the process group that Ray Train has made."""
     if not plan.places.gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -266,10 +269,10 @@ def _engine(module: nn.Module, plan: Plan) -> Any:
     # An all-reduce for inference, which DeepSpeed would compile at every first start on a CPU, for half a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    rate = plan.deepspeed["optimizer"].get("params", {}).get("lr", plan.config.learning_rate)
+    groups = [{"params": parameters, "lr": share * rate} for parameters, share in task.parameters(module)]
     try:
-        engine, *_ = deepspeed.initialize(
-            model=module, model_parameters=list(module.parameters()), config=plan.deepspeed
-        )
+        engine, *_ = deepspeed.initialize(model=_Loss(task, module), model_parameters=groups, config=plan.deepspeed)
     except (AssertionError, ValueError, TypeError, LookupError) as error:
         raise UserError(f"--deepspeed: DeepSpeed does not take this configuration: {storage.one_line(error)}") from None
     return engine

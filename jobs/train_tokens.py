@@ -17,7 +17,7 @@ from jobs import training
 from patchrank import flags
 from patchrank.errors import UserError, run
 from patchrank.flags import flag
-from patchrank.pruning import predictor
+from patchrank.pruning import predictor, prompts
 from patchrank.pruning.prompts import NAME, PromptedText, TokensConfig
 from patchrank.training.images import ImageSource
 from patchrank.training.tasks import TokensTask
@@ -48,14 +48,17 @@ def main(argv: Sequence[str] | None = None, prog: str = "jobs/train_tokens.py") 
     found, _ = predictor.load(args.predictor, images.tower, model.weights)
     prompted = None
     if args.text:
-        names = images.pairs.corpus.class_names
+        names = images.class_names
         if names is None:
             raise UserError(f"--text: {args.rankings} does not know the names of its classes; search with --classes")
         prompted = PromptedText(model, names, args.tokens)
     text_width = None if prompted is None else prompted.width
     shape = flags.read(TokensConfig, args, width=images.tower.width, text_width=text_width)
     task = flags.read(TokensTask, args, images=images, config=shape, predictor=found, prompted=prompted)
-    training.trained(task, config, NAME)
+    summary = training.trained(task, config, NAME)
+    _, record = prompts.load(summary.folder)
+    if record["helps"] is False:
+        print(f"tokens        none: held-out images lose more with them; {args.out} has the predictor alone")
     compared = f"--rankings {args.rankings} --held-out {args.held_out}" if args.held_out else "--rankings TEST-RANKINGS"
     following = flags.command(prog, "evaluate")
     print(f"next          {following} {compared} --predictor {args.predictor} --tokens {args.out}")

@@ -12,17 +12,17 @@ from cluster.training_worker import Task
 from patchrank.errors import stoppable
 from patchrank.model import artifacts
 from patchrank.model.loading import Model
-from patchrank.training.images import ImageSource, RankedImages, open_images
+from patchrank.training.images import ImageSource, TrainingImages, open_images
 from patchrank.training.outcome import Figures
 
 
-def opened(source: ImageSource, seed: int) -> tuple[RankedImages, Model]:
+def opened(source: ImageSource, seed: int) -> tuple[TrainingImages, Model]:
     """As `open_images`; says which shards have no rankings."""
     images, model = open_images(source, seed)
-    if left_out := images.pairs.shards_without_rankings:
+    if images.ranked is not None and (unranked := images.ranked.shards_without_rankings):
         print(
-            f"warning: {len(left_out)} of the shards have no rankings in {source.rankings}, {left_out[0]} the first; "
-            "training goes without them",
+            f"warning: {len(unranked)} of the shards have no rankings in {source.rankings}, {unranked[0]} the first; "
+            "only the model teaches their images",
             file=sys.stderr,
         )
     return images, model

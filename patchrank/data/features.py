@@ -1,4 +1,5 @@
-"""Tokens before the cut, kept on disk: training goes over the same images many times, and the prefix is frozen."""
+"""Tokens before the cut and whole embeddings, kept on disk: training goes over the same images many times, and the
+model is frozen."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ STALE = 24 * 3600  # seconds after which a file that is still not finished is a 
 
 
 class Features:
-    """The tokens of the images of shards: (p + N, D) each, in the tower's dtype, one file a shard.
+    """The tokens of the images of shards, (p + N, D) each, in the tower's dtype, and their embeddings by the unpruned
+    model, (E,) float32 each; one file a shard.
 
     A shard's file is made when one of its images is first asked for, whole or not at all, so a training that is stopped
     loses one shard's work at most. It takes N * D * 2 bytes an image in bfloat16: 300 KB for ViT-B/16 at 224 px, twice
@@ -59,14 +61,18 @@ class Features:
     ) -> None:
         if not storage.is_local(folder):
             raise UserError(f"--cache-features {folder}: must be a local folder")
-        made_by = f"{weights} {tower.cut} {tower.dtype} {limit} {getattr(tower.visual, 'preprocess_cfg', None)}"
+        made_by = (
+            f"embeddings {weights} {tower.cut} {tower.dtype} {limit} {getattr(tower.visual, 'preprocess_cfg', None)}"
+        )
         self.folder = storage.join(storage.absolute(folder), hashlib.sha256(made_by.encode()).hexdigest()[:16])
         self.tower, self.preprocess, self.limit, self.size = tower, preprocess, limit, size
-        self._open: dict[str, tuple[dict[str, int], Any]] = {}  # by shard: rows by key, and the file's tensor
+        # By shard: rows by key, and the file's two tensors.
+        self._open: dict[str, tuple[dict[str, int], Any, Any]] = {}
         self._lock = threading.Lock()
 
-    def tokens(self, shard: str, key: str) -> Tensor | None:
-        """The tokens of an image, (p + N, D); None where it cannot be decoded. Can be called from several threads.
+    def of(self, shard: str, key: str) -> tuple[Tensor, Tensor] | None:
+        """The tokens of an image, (p + N, D), and its embedding, (E,); None where it cannot be decoded. Can be called
+        from several threads.
 
         Raises:
             UserError: the shard cannot be read to its end, or the folder not be written.
@@ -74,17 +80,21 @@ class Features:
         with self._lock:
             if shard not in self._open:
                 self._open[shard] = self._shard(shard)
-            rows, tokens = self._open[shard]
-            return tokens[rows[key] : rows[key] + 1][0] if key in rows else None
+            rows, *tensors = self._open[shard]
+            if key not in rows:
+                return None
+            tokens, embedding = (tensor[rows[key] : rows[key] + 1][0] for tensor in tensors)
+            return tokens, embedding
 
-    def _shard(self, shard: str) -> tuple[dict[str, int], Any]:
+    def _shard(self, shard: str) -> tuple[dict[str, int], Any, Any]:
         path = os.path.join(self.folder, file_name(shard).replace(".parquet", ".safetensors"))
         try:
             if not os.path.exists(path):
                 self._make(shard, path)
             file = safe_open(path, framework="pt")
             keys = json.loads(file.metadata()["keys"])
-            return {key: row for row, key in enumerate(keys)}, file.get_slice("tokens")
+            rows = {key: row for row, key in enumerate(keys)}
+            return rows, file.get_slice("tokens"), file.get_slice("embeddings")
         except SafetensorError as error:
             raise UserError(f"{path}: damaged ({storage.one_line(error)}); delete it") from None
         except OSError as error:
@@ -93,6 +103,7 @@ class Features:
     @torch.no_grad()
     def _make(self, shard: str, path: str) -> None:
         keys: list[str] = []
+        embeddings = [torch.empty(0, self.tower.embed_dim)]
 
         def reject(_: Reject) -> None:
             pass  # whoever asks for its tokens is told
@@ -103,8 +114,9 @@ class Features:
             try:
                 for batch in batches(read(shard, self.limit), self.preprocess, self.size, reject):
                     keys += batch.keys
-                    tokens = self.tower.prefix(batch.pixels).cpu().contiguous()  # (B, p + N, D)
-                    raw.write(tokens.view(torch.uint8).numpy().data)
+                    tokens = self.tower.prefix(batch.pixels)  # (B, p + N, D)
+                    embeddings.append(self.tower.suffix(tokens).float().cpu())
+                    raw.write(tokens.cpu().contiguous().view(torch.uint8).numpy().data)
             except ShardError as error:
                 raise UserError(f"{shard}: {error}; --cache-features takes whole shards alone") from None
             raw.flush()
@@ -113,7 +125,8 @@ class Features:
             tokens = tokens.view(len(keys), self.tower.length, self.tower.width)
             try:
                 with storage.replacing(path) as temporary:
-                    save_file({"tokens": tokens}, temporary, {"keys": json.dumps(keys)})
+                    both = {"tokens": tokens, "embeddings": torch.cat(embeddings)}
+                    save_file(both, temporary, {"keys": json.dumps(keys)})
             except SafetensorError as error:
                 raise UserError(f"--cache-features: {path}: {storage.one_line(error)}") from None
 

@@ -1,4 +1,4 @@
-"""Shard k and its table k, joined by key."""
+"""Shard k and its table k, joined by key, and shards alone."""
 
 from __future__ import annotations
 
@@ -57,3 +57,14 @@ def join(corpus: Rankings, shard: str, report: JoinReport) -> Iterator[Pair]:
     except ShardError as error:  # the other shards are still good
         report.error = str(error)
     report.without_image = len(row)
+
+
+def alone(shard: str, report: JoinReport) -> Iterator[Pair]:
+    """The samples of a shard without rankings, in its order. The report is whole at the end."""
+    try:
+        for sample in read(shard):
+            if isinstance(sample, Sample):
+                report.without_ranking += 1
+                yield Pair(sample.key, sample.image, sample.label, (), shard)
+    except ShardError as error:  # the other shards are still good
+        report.error = str(error)

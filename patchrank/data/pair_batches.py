@@ -29,6 +29,7 @@ class PairBatch:
         ranking: (B, N) int64, token ids, most useful first; None where the images were never ranked.
         score: (B, N) float32, by token id; None likewise.
         tokens: (B, p + N, D), the tower's prefix, where it is kept on disk; else None.
+        embeddings: (B, E) float32, of the unpruned model; there where `tokens` are.
     """
 
     keys: list[str]
@@ -37,6 +38,7 @@ class PairBatch:
     ranking: Tensor | None
     score: Tensor | None
     tokens: Tensor | None = None
+    embeddings: Tensor | None = None
 
 
 def batches(
@@ -62,23 +64,23 @@ def batches(
         UserError: such a batch.
     """
 
-    def load(pair: Pair) -> Tensor:
+    def load(pair: Pair) -> tuple[Tensor, ...]:
         if features is None:
-            return decoding.pixels(pair.image, preprocess)
-        if (tokens := features.tokens(pair.shard, pair.key)) is None:
+            return (decoding.pixels(pair.image, preprocess),)
+        if (found := features.of(pair.shard, pair.key)) is None:
             raise Undecodable
-        return tokens
+        return found
 
     loaded = decoding.on_threads(pairs, load, threads, ahead=size + 1)  # so the next batch is whole under way
     while chunk := list(itertools.islice(loaded, size)):
-        good: list[tuple[Pair, Tensor]] = []
-        for pair, tensor in chunk:
-            if isinstance(tensor, Undecodable):
+        good: list[tuple[Pair, tuple[Tensor, ...]]] = []
+        for pair, tensors in chunk:
+            if isinstance(tensors, Undecodable):
                 undecodable(pair)
             else:
-                good.append((pair, tensor))
+                good.append((pair, tensors))
         if good:
-            yield _batch(good, features is not None)
+            yield _batch(good)
         elif in_step:
             raise UserError(f"{chunk[0][0].shard}: its images cannot be decoded any more, {len(chunk)} in a row")
 
@@ -115,9 +117,10 @@ def unranked(
     return batches(mine, preprocess, size, threads, lambda pair: undecodable(pair.key), in_step=False)
 
 
-def _batch(loaded: list[tuple[Pair, Tensor]], are_tokens: bool) -> PairBatch:
+def _batch(loaded: list[tuple[Pair, tuple[Tensor, ...]]]) -> PairBatch:
+    """Of pixels, or of tokens and embeddings."""
     pairs = [pair for pair, _ in loaded]
-    images = torch.stack([image for _, image in loaded])
+    first, *rest = (torch.stack(tensors) for tensors in zip(*(tensors for _, tensors in loaded), strict=True))
 
     def stacked(name: str) -> Any:
         tensors = [getattr(pair, name) for pair in pairs]
@@ -125,9 +128,10 @@ def _batch(loaded: list[tuple[Pair, Tensor]], are_tokens: bool) -> PairBatch:
 
     return PairBatch(
         keys=[pair.key for pair in pairs],
-        pixels=torch.empty(0) if are_tokens else images,
+        pixels=torch.empty(0) if rest else first,
         labels=torch.tensor([-1 if pair.label is None else pair.label for pair in pairs]),
         ranking=stacked("ranking"),
         score=stacked("score"),
-        tokens=images if are_tokens else None,
+        tokens=first if rest else None,
+        embeddings=rest[0] if rest else None,
     )

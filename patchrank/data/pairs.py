@@ -1,10 +1,11 @@
-"""Images and their golden rankings, for training: shard k and its table k are read together and joined by key.
+"""Images for training, with their golden rankings: shard k and its table k are read together and joined by key.
 
 pairs = Pairs(rankings.open("rankings"), model.preprocess())
 for batch in pairs.batches(rank, world, size=32):    # endless
     ...
 for batch in pairs.held_out(size=64):                # once over the part that is never trained on
     ...
+everything = Pairs(None, model.preprocess(), ["images.tar"], ranked=False)    # images alone
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ from __future__ import annotations
 import functools
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from torch import Tensor
 
 from patchrank.data.features import Features
 from patchrank.data.held_out import is_held_out
-from patchrank.data.join import JoinReport, Pair, join
+from patchrank.data.join import JoinReport, Pair, alone, join
 from patchrank.data.pair_batches import PairBatch, batches
 from patchrank.errors import UserError
 from patchrank.model import artifacts
@@ -45,12 +47,14 @@ def check(corpus: Rankings, tower: Tower, weights: str | None) -> None:
 
 
 class Pairs:
-    """Reads a corpus of rankings together with its shards. A shard at a time and lane, never the whole corpus.
+    """Reads shards, together with a corpus of rankings. A shard at a time and lane, never the whole corpus.
 
     Args:
-        corpus: the rankings.
+        corpus: the rankings; None where there are none.
         preprocess: PIL image -> (3, H, W), the transform of the search.
         shards: URIs as `patchrank.data.shards.expand` gives them; all that the rankings name where None.
+        ranked: whether images come with their rankings, those that have one; else all images come, without. Shards that
+            a search ranked without a limit are counted by their tables, others by reading them once.
         held_out: share of the images, told by a hash of their keys, that `batches` leaves to `held_out`.
         seed: of all shuffling.
         buffer: so many samples, still encoded, are shuffled among each other; each lane has its share of them.
@@ -68,13 +72,15 @@ class Pairs:
 
     def __init__(
         self,
-        corpus: Rankings,
+        corpus: Rankings | None,
         preprocess: Callable[..., Tensor],
         shards: Sequence[str] | None = None,
         held_out: float = 0.1,
         seed: int = 0,
         buffer: int = 2000,
         threads: int = 2,
+        *,
+        ranked: bool = True,
     ) -> None:
         if not 0 <= held_out <= 1:
             raise UserError(f"--held-out {held_out}: must be 0 to 1")
@@ -84,13 +90,13 @@ class Pairs:
         self.buffer = buffer
         self.threads = threads
         self.share = held_out
-        ranked = set(corpus.files)
-        if shards is None:
-            self.shards = corpus.shards()
-        else:
-            self.shards = [uri for uri in shards if file_name(uri) in ranked]
-        self.shards_without_rankings = [uri for uri in shards or () if file_name(uri) not in ranked]
+        self.ranked = ranked
+        self._tables: Collection[str] = () if corpus is None else set(corpus.files)
+        wanted = list(shards or () if corpus is None or shards is not None else corpus.shards())
+        self.shards_without_rankings = [uri for uri in wanted if ranked and file_name(uri) not in self._tables]
+        self.shards = [uri for uri in wanted if not ranked or file_name(uri) in self._tables]
         if not self.shards:
+            assert corpus is not None, "images without rankings need shards"
             raise UserError(
                 f"{corpus.folder}: holds rankings of {corpus.shards()[0]} and its like, but of none of the "
                 f"{len(self.shards_without_rankings)} shards given, {self.shards_without_rankings[0]} the first; "
@@ -101,7 +107,7 @@ class Pairs:
 
     @property
     def rows(self) -> tuple[int, int]:
-        """Rankings to train on, and held out."""
+        """Images to train on, and held out."""
         return sum(train for train, _ in self._counted), sum(held_out for _, held_out in self._counted)
 
     @functools.cached_property
@@ -117,7 +123,7 @@ class Pairs:
             UserError: there is nothing to train on.
         """
         if not self.rows[0]:
-            raise UserError(f"{self.corpus.folder}: none of its images is left to train on; lower --held-out")
+            raise UserError(f"{self._name}: none of its images is left to train on; lower --held-out")
         return max(1, self.rows[0] // global_batch)
 
     def batches(self, rank: int, world: int, size: int, accumulation: int = 1, start: int = 0) -> Iterator[PairBatch]:
@@ -160,8 +166,23 @@ class Pairs:
         rows = (row for uri in self.shards for row in self._pairs(uri) if is_held_out(row.key, self.share))
         yield from self._batches(itertools.islice(rows, rank, limit, world), size, training=False)
 
+    @property
+    def _name(self) -> str:
+        """For error messages."""
+        return self.shards[0] if self.corpus is None else self.corpus.folder
+
+    def _joined(self, shard: str) -> bool:
+        """Whether the images of a shard are those of its table."""
+        if self.corpus is None or file_name(shard) not in self._tables:
+            return False
+        return self.ranked or self.corpus.settings.get("limit") is None
+
     def _count(self, shard: str) -> tuple[int, int]:
-        keys = self.corpus.shard(shard, ["key"])["key"].to_pylist()
+        if self._joined(shard):
+            assert self.corpus is not None
+            keys = self.corpus.shard(shard, ["key"])["key"].to_pylist()
+        else:
+            keys = [pair.key for pair in alone(shard, JoinReport())]
         held_out = sum(is_held_out(key, self.share) for key in keys)
         return len(keys) - held_out, held_out
 
@@ -185,7 +206,7 @@ class Pairs:
             if empty:  # too few images for all lanes, or damaged shards: this lane helps itself from the others
                 everything: list[_Part] = [(uri, 0, None) for uri, _ in order]
                 if mine == everything:
-                    raise UserError(f"{self.corpus.folder}: {self._trouble()}")
+                    raise UserError(f"{self._name}: {self._trouble()}")
                 mine = everything
 
     def _training_rows(self, shard: str, first: int, last: int | None) -> Iterator[Pair]:
@@ -194,9 +215,14 @@ class Pairs:
         return itertools.islice(rows, first, last)
 
     def _pairs(self, shard: str) -> Iterator[Pair]:
-        """The samples of a shard that have a ranking; the shard's report is kept once it is whole."""
+        """The samples of a shard, those that have a ranking where it counts; its report is kept once it is whole."""
         found = JoinReport()
-        yield from join(self.corpus, shard, found)
+        if not self._joined(shard):
+            yield from alone(shard, found)
+        else:
+            assert self.corpus is not None
+            for pair in join(self.corpus, shard, found):
+                yield pair if self.ranked else replace(pair, ranking=None, score=None)
         found.undecodable = self.reports.get(shard, found).undecodable
         self.reports[shard] = found
 
@@ -211,6 +237,8 @@ class Pairs:
         errors = [f"{uri}: {found.error}" for uri, found in self.reports.items() if found.error]
         if errors:
             return f"no image of its shards can be read ({errors[0]})"
+        if not self.ranked:
+            return "no image of its shards can be read any more"
         return "no sample of its shards has a ranking; name the shards that were searched"
 
 

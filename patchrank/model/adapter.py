@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from patchrank.errors import UserError
 
@@ -127,7 +128,14 @@ class Adapter(ABC):
     def readout(self, x: Tensor) -> Tensor:
         """Embeddings of what the last block gives: (C, m, D) -> (C, E), not normalised, in the readout's dtype."""
 
-    def run(self, x: Tensor, start: int = 0, stop: int | None = None, gates: Tensor | None = None) -> Tensor:
+    def run(
+        self,
+        x: Tensor,
+        start: int = 0,
+        stop: int | None = None,
+        gates: Tensor | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
         """Blocks `start` to `stop` - 1; to the last one where `stop` is None.
 
         Args:
@@ -135,13 +143,20 @@ class Adapter(ABC):
             gates: (C, n) float, how much there is of each token as a key: attention weights a become
                 a_j g_j / sum_k a_k g_k. A token with gate 0 is not there for the others. Gates are multiplied, as the
                 logarithm of 0 has no gradient. Prefix tokens have gate 1; so has every token where None.
+            recompute: whether a block that a gradient flows through keeps its input alone, and is run again backwards.
 
         Returns:
             (C, n, D). Of the last block only the tokens that `readout` reads.
         """
         for number in range(start, self.depth if stop is None else stop):
-            x = self.mlp(self.attention(x, number, gates)[0], number)  # without a name the keys are free before the MLP
+            if recompute and torch.is_grad_enabled():
+                x = checkpoint(self._block, x, number, gates, use_reentrant=False)
+            else:
+                x = self._block(x, number, gates)
         return x
+
+    def _block(self, x: Tensor, number: int, gates: Tensor | None) -> Tensor:
+        return self.mlp(self.attention(x, number, gates)[0], number)  # without a name the keys are free before the MLP
 
     @abstractmethod
     def embed_multiply_adds(self) -> int:

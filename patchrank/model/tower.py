@@ -39,6 +39,10 @@ class Tower(nn.Module):
         device: where the copy lives.
         name: the model's name, for error messages.
 
+    Attributes:
+        recompute: whether `suffix` keeps for a gradient what goes into each block alone, and runs the blocks again
+            backwards: less memory for a forward pass more.
+
     Raises:
         UserError: the tower is of a kind that cannot be cut (see `adapt`), or it has no block `cut`.
     """
@@ -60,6 +64,7 @@ class Tower(nn.Module):
         if not 0 <= cut < blocks:
             raise UserError(f"{name} has {blocks} blocks: the cut must be 0 to {blocks - 1}, not {cut}")
         self.cut = cut
+        self.recompute = False
         self.dtype = dtype
         self.visual = copy.deepcopy(visual).eval().requires_grad_(False)
         self._kind = type(adapter)
@@ -140,7 +145,7 @@ class Tower(nn.Module):
             x = tokens[rows[:, None], positions]  # (C, p + n + b, D)
         if gates is not None:
             gates = F.pad(gates, (p, tokens.shape[1] - length), value=1.0)  # (C, p + n + b)
-        return adapter.readout(adapter.run(x, self.cut, gates=gates))  # (C, E)
+        return adapter.readout(adapter.run(x, self.cut, gates=gates, recompute=self.recompute))  # (C, E)
 
     def prefix_multiply_adds(self) -> int:
         """Exact multiply-adds of `prefix` for an image; norms and activations not counted."""

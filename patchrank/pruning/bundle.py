@@ -131,7 +131,8 @@ class Bundle(
 
         Args:
             model: that they were trained for.
-            predictor_folder, tokens_folder: local, s3:// or gs://.
+            predictor_folder, tokens_folder: local, s3:// or gs://. Where tokens were trained together with a predictor,
+                it is that of the tokens' folder.
 
         Raises:
             UserError: nothing there, or trained for another model.
@@ -142,6 +143,8 @@ class Bundle(
         tokens = names = own = None
         if tokens_folder is not None:
             tokens, record = prompts.load(tokens_folder, tower, model.weights)
+            if "helps" in record:
+                learnt, _ = predictor.load(tokens_folder, tower, model.weights)
             if record.get("classes"):
                 names = record["class_names"]
                 own = classes.load(storage.join(tokens_folder, CLASSES_FILE), record["classes"], names)
@@ -158,7 +161,7 @@ class Bundle(
                 "blocks": tower.adapter.depth,
             },
             predictor_config=asdict(learnt.config),
-            tokens_config=None if tokens is None else asdict(tokens.config),
+            tokens_config=asdict(tokens.config) if tokens is not None and tokens.config.count else None,
             keep=record["keep"],
             search=record.get("search"),
             class_names=names,

@@ -39,7 +39,9 @@ class TokensConfig:
     """The shape of learnable tokens. Raises UserError for a value that makes no sense."""
 
     width: int  # D of the tower
-    count: int = flag(16, "learnable tokens (%(default)s)", group="tokens", name="tokens")  # b
+    count: int = flag(
+        4, "learnable tokens, which take the places of as many patches (%(default)s)", group="tokens", name="tokens"
+    )  # b
     # Before block L ("cut") or before the first ("input").
     place: str = flag("cut", f"where they join the patches: {' or '.join(PLACES)} (%(default)s)")
     text_width: int | None = None  # d_t of the text tower; the visual tokens are then a linear map of text tokens
@@ -47,7 +49,7 @@ class TokensConfig:
     def __post_init__(self) -> None:
         if self.place not in PLACES:
             raise UserError(f"--place {self.place}: must be one of {', '.join(PLACES)}")
-        at_least(self, 1, "count")
+        at_least(self, 0, "count")
 
 
 class VisualTokens(nn.Module):

@@ -1,10 +1,16 @@
-"""The two trainings: the predictor learns golden rankings, the learnable tokens make up for what pruning takes away."""
+"""The two trainings: the predictor learns which tokens stay, learnable tokens make up for what pruning takes away.
+
+Both learn through the frozen model (see `gating`): the loss is what a pruned image's embedding lacks, so images need
+neither labels nor rankings. Golden rankings, where there are some, are the predictor's first teacher.
+"""
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -24,87 +30,158 @@ from patchrank.pruning.predicted import Predicted
 from patchrank.pruning.predictor import LOSSES, TARGETS, Predictor, PredictorConfig
 from patchrank.pruning.prompts import PromptedText, TokensConfig, VisualTokens
 from patchrank.store import storage
-from patchrank.tokens import count_kept, kendall_tau, select
-from patchrank.training.images import RankedImages
+from patchrank.tokens import count_kept, kendall_tau
+from patchrank.training import gating
+from patchrank.training.images import TrainingImages
 from patchrank.training.outcome import Figures
 
 
-def _figures(part: str, comparison: Comparison, suffix: dict[str, str]) -> dict[str, float]:
-    """Figures by name: those of a comparison at one keep rate; `suffix` ends the names, by method."""
-    figures: dict[str, float] = {}
-    for row in comparison.rows():
-        names = {"top-1": row.top1, "cosine": None if row.method == UNPRUNED else row.cosine}
-        figures |= {f"{part}/{name} {suffix[row.method]}": value for name, value in names.items() if value is not None}
-    return figures
+@dataclass(frozen=True)
+class Lesson:
+    """A batch of images and the step that it is of, from 0."""
+
+    step: int
+    images: PairBatch
 
 
 @dataclass
 class _ImagesTask:
-    """What both tasks are about, and how they read it."""
+    """What both tasks are about, how they read it, and how they learn through the model."""
 
-    images: RankedImages
+    images: TrainingImages
+    keep_rates: Sequence[float] = flag(
+        (0.8, 0.7, 0.6, 0.5, 0.4), "drawn from, a step each (%(default)s)", group="learning through the model"
+    )
+    steps: int = field(default=0, init=False)  # of the whole training, once it has begun
 
     def steps_per_epoch(self, global_batch: int) -> int:
-        return self.images.pairs.steps_per_epoch(global_batch)
-
-    def batches(self, rank: int, world: int, size: int, accumulation: int, start: int) -> Iterator[PairBatch]:
-        return self.images.pairs.batches(rank, world, size, accumulation, start)
+        return self.images.everything.steps_per_epoch(global_batch)
 
     def report(self) -> dict[str, JoinReport]:
-        return self.images.pairs.reports
+        return self.images.reports()
+
+    def _begin(self, device: torch.device, steps: int) -> None:
+        self.steps = steps
+        self.images.start(device)
+
+    def _count(self, keep: float, learnable: int, name: str = "--keep-rates") -> int:
+        """The patches that stay at a keep rate. Raises UserError where there are none."""
+        count = count_kept(self.images.tower.num_tokens, keep, name) - learnable
+        if count < 1:
+            raise UserError(f"{name} {keep:g}: leaves no place for patches beside {learnable} learnable tokens")
+        return count
+
+    def _lacking(
+        self, lesson: Lesson, tokens: Tensor, usefulness: Tensor, wanted: Tensor, first: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """What the pruned embeddings of a lesson lack, a scalar, and these, (B, E); `first` is the first such step."""
+        seed, step, learnable = self.images.seed, lesson.step, tokens.shape[1] - self.images.tower.length
+        keep = gating.draw_keep(seed, step, self.keep_rates)
+        noise = gating.draw_noise(seed, step, lesson.images.keys, usefulness.shape[1]).to(usefulness.device)
+        fading = gating.NOISE * (1 - (step - first) / max(1, self.steps - first))
+        count = self._count(keep, learnable)
+        found = gating.embeddings(self.images.tower, tokens, usefulness, count, fading * noise)  # (B, E)
+        return gating.lacking(found, wanted, keep).mean(), found
+
+    def _measured(self, comparison: Comparison, part: str, suffix: Mapping[str, str]) -> dict[str, float]:
+        """Figures by name: top-1 and cosine of a comparison; `suffix` ends the names, by method."""
+        figures: dict[str, float] = {}
+        for row in comparison.rows():
+            whole = row.method == UNPRUNED
+            end = "unpruned" if whole else f"at keep {row.keep:g}{suffix[row.method]}"
+            names = {"top-1": row.top1, "cosine": None if whole else row.cosine}
+            figures |= {f"{part}/{name} {end}": value for name, value in names.items() if value is not None}
+        return figures
 
 
 @dataclass
 class PredictorTask(_ImagesTask):
-    """The predictor learns golden rankings."""
+    """The predictor learns golden rankings first, where there are some, then through the model."""
 
-    config: PredictorConfig
-    loss_name: str = flag("bce", f"{', '.join(LOSSES)} (%(default)s)", group="predictor", name="loss")
+    config: PredictorConfig = field(kw_only=True)
+    golden: float = flag(0.5, "share of the steps that golden rankings teach (%(default)s)", group="predictor")
+    loss_name: str = flag("bce", f"for golden rankings: {', '.join(LOSSES)} (%(default)s)", name="loss")
     target: str | None = flag(
-        None, f"what it learns, {' or '.join(TARGETS)} (score after the paper's search, else rank)"
+        None, f"what it learns of them, {' or '.join(TARGETS)} (score after the paper's search, else rank)"
     )
-    keep: float = flag(0.5, "keep rate at which it is measured (%(default)s)")
+    keep: float = flag(0.5, "keep rate at which it is matched with golden rankings (%(default)s)")
     name: str = "predictor"
 
     def __post_init__(self) -> None:
         if self.loss_name not in LOSSES:
             raise UserError(f"--loss {self.loss_name}: must be one of {', '.join(LOSSES)}")
+        corpus = self.images.corpus
+        if corpus is None:
+            self.golden = 0.0
+        if not 0 <= self.golden <= 1:
+            raise UserError(f"--golden {self.golden:g}: must be 0 to 1, a share of the steps")
         if self.target is None:
-            search = self.images.pairs.corpus.settings["search"]
+            search = {} if corpus is None else corpus.settings["search"]
             # The scores of other searches are of different steps, and cannot be compared with each other;
             # probabilities are 1, as the tables keep them, where the model is sure.
-            steps, rank_by, score = search["steps"], search["rank_by"], search["score"]
-            self.target = "score" if (steps, rank_by, score) == (1, "scores", "preservation") else "rank"
+            kind = search.get("steps"), search.get("rank_by"), search.get("score")
+            self.target = "score" if kind == (1, "scores", "preservation") else "rank"
         if self.target not in TARGETS:
             raise UserError(f"--target {self.target}: must be one of {', '.join(TARGETS)}")
         self.count = count_kept(self.config.num_tokens, self.keep)
+        for keep in self.keep_rates:
+            self._count(keep, 0)
+
+    @property
+    def golden_steps(self) -> int:
+        """The steps that golden rankings teach; the model teaches those after them."""
+        return round(self.golden * self.steps)
+
+    def steps_per_epoch(self, global_batch: int) -> int:
+        if self.golden and self.images.ranked is not None:
+            self.images.ranked.steps_per_epoch(1)  # refuses rankings none of which is left to train on
+        return super().steps_per_epoch(global_batch)
 
     def settings(self) -> dict[str, Any]:
         return {
             **self.images.settings(),
             "predictor": asdict(self.config),
+            "golden": self.golden,
             "loss": self.loss_name,
             "target": self.target,
             "keep": self.keep,
+            "keep_rates": list(self.keep_rates),
         }
 
-    def start(self, device: torch.device) -> nn.Module:
-        self.images.start(device)
+    def start(self, device: torch.device, steps: int) -> nn.Module:
+        self._begin(device, steps)
         return Predictor(self.config)
 
-    def loss(self, module: nn.Module, batch: PairBatch) -> Tensor:
-        assert batch.ranking is not None and batch.score is not None and self.target is not None
-        prediction = module(self.images.tokens(batch))  # (B, N)
-        target = predictor.targets(batch.ranking, batch.score, self.target).to(prediction.device)
+    def parameters(self, module: nn.Module) -> list[tuple[list[nn.Parameter], float]]:
+        return [(list(module.parameters()), 1.0)]
+
+    def batches(self, rank: int, world: int, size: int, accumulation: int, start: int) -> Iterator[Lesson]:
+        golden, ranked = self.golden_steps, self.images.ranked
+        if start < golden and ranked is not None:
+            found = ranked.batches(rank, world, size, accumulation, start)
+            yield from _lessons(itertools.islice(found, (golden - start) * accumulation), accumulation, start)
+        start = max(start, golden)
+        found = self.images.everything.batches(rank, world, size, accumulation, start - golden)
+        yield from _lessons(found, accumulation, start)
+
+    def loss(self, module: nn.Module, batch: Lesson) -> Tensor:
+        images = batch.images
+        if batch.step >= self.golden_steps:
+            tokens, wanted = self.images.whole(images)
+            return self._lacking(batch, tokens, module(tokens), wanted, self.golden_steps)[0]
+        assert images.ranking is not None and images.score is not None and self.target is not None
+        prediction = module(self.images.tokens(images))  # (B, N)
+        target = predictor.targets(images.ranking, images.score, self.target).to(prediction.device)
         return LOSSES[self.loss_name](prediction, target)
 
     def evaluate(self, module: nn.Module, rank: int, world: int, add: Callable[[Tensor], Tensor]) -> Figures:
         assert isinstance(module, Predictor)
         figures: dict[str, float] = {}
+        keep_rates = list(dict.fromkeys([*self.keep_rates, self.keep]))
         for part, batches in self.images.parts(rank, world):
             taus = torch.zeros(2, dtype=torch.float64)  # sum and count
             methods = {self.name: Method(Predicted(module))}
-            comparison = Comparison(self.images.tower, methods, [self.keep], self.images.classes)
+            comparison = Comparison(self.images.tower, methods, keep_rates, self.images.classes)
             for batch in batches:
                 usefulness = comparison.add(batch)[-1].usefulness  # (B, N)
                 if batch.ranking is not None and usefulness is not None:
@@ -112,39 +189,51 @@ class PredictorTask(_ImagesTask):
                     taus += torch.tensor([tau.double().sum().item(), len(tau)])
             comparison.sums, (tau, count) = add(comparison.sums), add(taus).tolist()
             if count:
-                matching = comparison.rows()[-1].matching
+                matching = next(row.matching for row in comparison.rows()[1:] if row.keep == self.keep)
                 figures |= {
                     f"{part}/matching rate at {self.count}": matching or 0.0,
                     f"{part}/Kendall tau": tau / count,
                 }
-            figures |= _figures(part, comparison, {UNPRUNED: "unpruned", self.name: f"at keep {self.keep:g}"})
+            figures |= self._measured(comparison, part, {self.name: ""})
         return figures
 
     def save(
         self, module: nn.Module, folder: str, before: Figures, after: Figures, reports: Sequence[dict[str, JoinReport]]
     ) -> None:
         assert isinstance(module, Predictor)
-        settings = {"loss": self.loss_name, "target": self.target, "keep": self.keep}
+        settings = {"loss": self.loss_name, "target": self.target, "golden": self.golden, "keep": self.keep}
         predictor.save(folder, module, {**self.images.record(before, after, reports), **settings})
+
+
+class Together(nn.Module):
+    """A predictor and the learnable tokens that it is trained beside."""
+
+    def __init__(self, predictor: Predictor, tokens: VisualTokens) -> None:
+        super().__init__()
+        self.predictor, self.tokens = predictor, tokens
 
 
 @dataclass
 class TokensTask(_ImagesTask):
-    """Learnable tokens, trained with pruning on: cross-entropy over the class embeddings."""
+    """Learnable tokens, and with them a predictor that is trained already, learn through the model.
 
-    config: TokensConfig
-    predictor: Predictor
-    keep: float = flag(0.6, "share of the patch tokens that stay (%(default)s)", group="tokens")
+    Where images have labels and there are class embeddings, cross-entropy over the classes comes on top.
+    """
+
+    config: TokensConfig = field(kw_only=True)
+    predictor: Predictor = field(kw_only=True)
+    keep: float = flag(0.6, "keep rate that the bundle is for (%(default)s)", group="tokens")
+    label_weight: float = flag(0.1, "of the cross-entropy over the classes, where there are labels (%(default)g)")
+    predictor_rate: float = flag(0.2, "the predictor's learning rate as a share of the tokens' (%(default)g)")
     prompted: PromptedText | None = None  # where there are learnable text tokens
     name: str = "tokens"
 
     def __post_init__(self) -> None:
-        self.count = count_kept(self.images.tower.num_tokens, self.keep)
-        corpus = self.images.pairs.corpus
-        if self.images.classes is None:
-            raise UserError(f"{corpus.folder}: has no class embeddings to train for; search with --classes")
-        if not any(label >= 0 for label in corpus.tensors(["label"], self.images.pairs.shards[0])["label"].tolist()):
-            raise UserError(f"{self.images.pairs.shards[0]}: its images have no labels to train with")
+        self._count(self.keep, self.config.count, "--keep")
+        for keep in self.keep_rates:
+            self._count(keep, self.config.count)
+        if self.prompted is not None and self.images.classes is None:
+            raise UserError("--text: needs rankings of a search with --classes, whose labels it learns")
         if self.images.features and self.config.place == "input":
             raise UserError(
                 "--cache-features: goes with --place cut alone, where the tokens before the cut stay the same"
@@ -155,67 +244,106 @@ class TokensTask(_ImagesTask):
             **self.images.settings(),
             "tokens": asdict(self.config),
             "predictor": loading.digest(self.predictor.state_dict()),
+            "predictor_rate": self.predictor_rate,
+            "label_weight": self.label_weight,
             "keep": self.keep,
+            "keep_rates": list(self.keep_rates),
         }
 
-    def start(self, device: torch.device) -> nn.Module:
-        self.images.start(device)
+    def start(self, device: torch.device, steps: int) -> nn.Module:
+        self._begin(device, steps)
         self.predictor.to(device)
         if self.prompted is not None:
             self.prompted.to(device)
-        return VisualTokens(self.config)
+        return Together(copy.deepcopy(self.predictor).train().requires_grad_(True), VisualTokens(self.config))
 
-    def loss(self, module: nn.Module, batch: PairBatch) -> Tensor:
-        assert isinstance(module, VisualTokens)
-        tower = self.images.tower
+    def parameters(self, module: nn.Module) -> list[tuple[list[nn.Parameter], float]]:
+        assert isinstance(module, Together)
+        learnable = [(list(module.tokens.parameters()), 1.0)] if self.config.count else []
+        return [*learnable, (list(module.predictor.parameters()), self.predictor_rate)]
+
+    def batches(self, rank: int, world: int, size: int, accumulation: int, start: int) -> Iterator[Lesson]:
+        yield from _lessons(self.images.everything.batches(rank, world, size, accumulation, start), accumulation, start)
+
+    def loss(self, module: nn.Module, batch: Lesson) -> Tensor:
+        assert isinstance(module, Together)
+        images, tower = batch.images, self.images.tower
+        tokens, wanted = self.images.whole(images)
+        usefulness = module.predictor(tokens)  # (B, N)
         if self.config.place == "input":
-            tokens = module.prefix(tower, batch.pixels)  # (B, p + N + b, D)
+            tokens = module.tokens.prefix(tower, images.pixels)  # (B, p + N + b, D)
         else:
-            tokens = module.append(self.images.tokens(batch))
-        with torch.no_grad():
-            kept = select(self.predictor(tokens), self.count)
-        embeddings = F.normalize(tower.suffix(tokens, kept), dim=-1)  # (B, E)
-        logits = self.images.logit_scale * embeddings @ self._classes(module).T  # (B, K)
-        labels = batch.labels.to(logits.device)
-        total = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
-        return total / (labels >= 0).sum().clamp(min=1)
+            tokens = module.tokens.append(tokens)
+        loss, found = self._lacking(batch, tokens, usefulness, wanted)
+        labels = images.labels.to(found.device)
+        if self.images.classes is None or not self.label_weight or not (labels >= 0).any():
+            return loss
+        known = self._classes(module.tokens)
+        assert known is not None
+        logits = self.images.logit_scale * F.normalize(found, dim=-1) @ known.T  # (B, K)
+        return loss + self.label_weight * F.cross_entropy(logits, labels, ignore_index=-1)
 
     def evaluate(self, module: nn.Module, rank: int, world: int, add: Callable[[Tensor], Tensor]) -> Figures:
-        assert isinstance(module, VisualTokens)
+        assert isinstance(module, Together)
         figures: dict[str, float] = {}
+        keep_rates = list(dict.fromkeys([*self.keep_rates, self.keep]))
         for part, batches in self.images.parts(rank, world):
-            selector = Predicted(self.predictor)
-            methods = {"pruned": Method(selector), self.name: Method(selector, module, self._classes(module))}
-            comparison = Comparison(self.images.tower, methods, [self.keep], self.images.classes)
+            methods = {
+                "pruned": Method(Predicted(self.predictor)),
+                self.name: Method(Predicted(module.predictor), module.tokens, self._classes(module.tokens)),
+            }
+            comparison = Comparison(self.images.tower, methods, keep_rates, self.images.classes)
             for batch in batches:
                 comparison.add(batch)
             comparison.sums = add(comparison.sums)
-            pruned = f"at keep {self.keep:g}"
-            names = {UNPRUNED: "unpruned", "pruned": f"{pruned} without tokens", self.name: f"{pruned} with tokens"}
-            figures |= _figures(part, comparison, names)
+            figures |= self._measured(comparison, part, {"pruned": " without tokens", self.name: " with tokens"})
         return figures
 
-    def _classes(self, module: VisualTokens) -> Tensor:
+    def _classes(self, tokens: VisualTokens) -> Tensor | None:
         """(K, E), normalised."""
-        if self.prompted is not None and module.text is not None:
-            return self.prompted(module.text)
-        assert self.images.classes is not None
+        if self.prompted is not None and tokens.text is not None:
+            return self.prompted(tokens.text)
         return self.images.classes
+
+    def _helps(self, figures: Figures) -> bool | None:
+        """Whether held-out images lose less with the tokens than without, at equal cost; None where there are none."""
+        losses = []
+        for how in ("with", "without"):
+            names = {keep: f"held-out/cosine at keep {keep:g} {how} tokens" for keep in self.keep_rates}
+            if not set(names.values()) <= set(figures):
+                return None
+            losses.append(sum(gating.weight(keep) * (1 - figures[name]) for keep, name in names.items()))
+        return losses[0] <= losses[1]
 
     def save(
         self, module: nn.Module, folder: str, before: Figures, after: Figures, reports: Sequence[dict[str, JoinReport]]
     ) -> None:
-        assert isinstance(module, VisualTokens)
-        names = self.images.pairs.corpus.class_names
+        """Where the tokens do harm, the predictor that training began with, and no tokens."""
+        assert isinstance(module, Together)
+        helps = self._helps(after)
+        tokens, learnt = module.tokens, module.predictor
+        if helps is False:
+            nothing = TokensConfig(self.config.width, 0, self.config.place)
+            tokens, learnt = VisualTokens(nothing), self.predictor
+        names = self.images.class_names
         record = {
             **self.images.record(before, after, reports),
             "keep": self.keep,
+            "helps": helps,
             "class_names": names,
             "classes": None,
         }
-        if self.prompted is not None:  # the class embeddings that these text tokens make
-            embeddings = self._classes(module).detach().cpu()
+        if self.prompted is not None and tokens.text is not None:  # the class embeddings that these text tokens make
+            made = self._classes(tokens)
+            assert made is not None
+            embeddings = made.detach().cpu()
             digest = hashlib.sha256(embeddings.numpy().tobytes()).hexdigest()[:16]
             record["classes"] = f"text tokens {digest}"
             classes.save(storage.join(folder, CLASSES_FILE), Classes(embeddings, record["classes"], names))
-        prompts.save(folder, module, record)
+        predictor.save(folder, learnt, record)
+        prompts.save(folder, tokens, record)
+
+
+def _lessons(batches: Iterator[PairBatch], accumulation: int, start: int) -> Iterator[Lesson]:
+    for number, batch in enumerate(batches):
+        yield Lesson(start + number // accumulation, batch)

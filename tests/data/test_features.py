@@ -47,14 +47,16 @@ def images(shard):
 def test_they_are_the_towers_own(tower, shard, tmp_path):
     features = Features(str(tmp_path / "cache"), tower, "weights", preprocess, size=2)
     for key, data in images(shard).items():
-        found = features.tokens(shard, key)
+        found = features.of(shard, key)
         if key == "bad":
             assert found is None
         else:
-            assert found.dtype == torch.bfloat16
-            expected = tower.prefix(preprocess(decode(data))[None])[0]  # alone, so bfloat16 rounds otherwise
-            torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
-    assert features.tokens(shard, "absent") is None
+            tokens, embedding = found
+            assert (tokens.dtype, embedding.dtype) == (torch.bfloat16, torch.float32)
+            expected = tower.prefix(preprocess(decode(data))[None])  # alone, so bfloat16 rounds otherwise
+            torch.testing.assert_close(tokens, expected[0], rtol=0.05, atol=0.05)
+            torch.testing.assert_close(embedding, tower.suffix(tokens[None])[0], rtol=0.05, atol=0.05)
+    assert features.of(shard, "absent") is None
 
 
 def test_they_are_computed_once_for_a_model_cut_and_limit(tower, shard, tmp_path, small_clip, monkeypatch):
@@ -64,7 +66,7 @@ def test_they_are_computed_once_for_a_model_cut_and_limit(tower, shard, tmp_path
 
     def ask(tower, weights="weights", limit=None):
         passes.clear()
-        Features(str(tmp_path / "cache"), tower, weights, preprocess, limit).tokens(shard, "1")
+        Features(str(tmp_path / "cache"), tower, weights, preprocess, limit).of(shard, "1")
         return sum(passes)
 
     assert ask(tower) == 5
@@ -85,7 +87,7 @@ def test_files_can_be_shared_and_what_killed_runs_left_is_deleted(tower, shard, 
     for name, age in (("old", 2), ("young", 0)):
         (folder / f".{name}.tmp").touch()
         os.utime(folder / f".{name}.tmp", (time.time() - age * 24 * 3600,) * 2)
-    features.tokens(shard, "0")
+    features.of(shard, "0")
     assert [path.name for path in folder.glob(".*")] == [".young.tmp"]
     (path,) = folder.glob("*.safetensors")
     (tmp_path / "plain").touch()
@@ -96,7 +98,7 @@ def test_a_shard_without_an_image_has_no_tokens(tower, tmp_path):
     with wds.TarWriter(str(tmp_path / "bad.tar")) as writer:
         writer.write({"__key__": "bad", "png": b"no image"})
     features = Features(str(tmp_path / "cache"), tower, "weights", preprocess)
-    assert features.tokens(str(tmp_path / "bad.tar"), "bad") is None
+    assert features.of(str(tmp_path / "bad.tar"), "bad") is None
 
 
 def test_a_shard_that_ends_early_is_not_kept(tower, shard, tmp_path):
@@ -104,15 +106,15 @@ def test_a_shard_that_ends_early_is_not_kept(tower, shard, tmp_path):
     (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
     features = Features(str(tmp_path / "cache"), tower, "weights", preprocess)
     with pytest.raises(UserError, match=r"cut\.tar: .*whole shards"):
-        features.tokens(str(tmp_path / "cut.tar"), "0")
+        features.of(str(tmp_path / "cut.tar"), "0")
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_damaged_file_and_a_remote_folder_are_refused(tower, shard, tmp_path):
-    Features(str(tmp_path / "cache"), tower, "weights", preprocess).tokens(shard, "0")
+    Features(str(tmp_path / "cache"), tower, "weights", preprocess).of(shard, "0")
     (path,) = (tmp_path / "cache").rglob("*.safetensors")
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match="damaged"):
-        Features(str(tmp_path / "cache"), tower, "weights", preprocess).tokens(shard, "0")
+        Features(str(tmp_path / "cache"), tower, "weights", preprocess).of(shard, "0")
     with pytest.raises(UserError, match="--cache-features s3://bucket/cache: must be a local folder"):
         Features("s3://bucket/cache", tower, "weights", preprocess)
