@@ -23,7 +23,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.places import connected
+from cluster.places import Places, connected
 from cluster.training_job import TrainingConfig
 from cluster.training_worker import Plan, Task, work
 from patchrank.errors import UserError
@@ -72,7 +72,7 @@ def train(task: Task, config: TrainingConfig) -> TrainingSummary:
     workers = config.machines.actors or (found["settings"]["workers"] if found else None)
     machines = replace(config.machines, actors=workers)
     with connected(machines, together=True) as places:
-        steps = max(1, round(config.epochs * task.steps_per_epoch(config.batch * config.accumulate * places.actors)))
+        steps = steps_of(task, config, places)
         settings = {
             "task": task.settings(),
             "steps": steps,
@@ -110,6 +110,11 @@ def train(task: Task, config: TrainingConfig) -> TrainingSummary:
             resumed = _fit(plan, task.name)
         before, after = outcome.read(folder.uri) or ({}, {})
         return TrainingSummary(folder.uri, steps, resumed, time.monotonic() - start, before, after)
+
+
+def steps_of(task: Task, config: TrainingConfig, places: Places) -> int:
+    """The steps of a whole training, with as many workers as there are places."""
+    return max(1, round(config.epochs * task.steps_per_epoch(config.batch * config.accumulate * places.actors)))
 
 
 def _fit(plan: Plan, title: str) -> int:

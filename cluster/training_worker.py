@@ -47,6 +47,9 @@ class Task(Protocol):
     def parameters(self, module: nn.Module) -> list[tuple[list[nn.Parameter], float]]:
         """The module's parameters in groups, each with its learning rate as a share of the training's."""
 
+    def phases(self) -> list[tuple[int, int]]:
+        """The kinds of steps, once it has started: the first step and the number of steps of each."""
+
     def batches(self, rank: int, world: int, size: int, accumulation: int, start: int) -> Iterator[Any]:
         """The batches of one rank from step `start` on, without end; `accumulation` of them a step, always the same."""
 
@@ -55,6 +58,9 @@ class Task(Protocol):
 
     def evaluate(self, module: nn.Module, rank: int, world: int, add: Callable[[Tensor], Tensor]) -> Figures:
         """The figures over all held-out samples, of which a rank takes its part; `add` sums a tensor over the ranks."""
+
+    def evaluated(self) -> int:
+        """How many samples `evaluate` goes over, at most."""
 
     def report(self) -> Any:
         """What this rank has to say of its data at the end."""

@@ -25,7 +25,7 @@ DEFAULT = TrainingConfig("predictor", epochs=10, batch=64, learning_rate=3e-3)
 
 def parser(prog: str = "jobs/train_predictor.py") -> argparse.ArgumentParser:
     """The flags."""
-    return flags.parser(prog, __doc__, ImageSource, PredictorTask, PredictorConfig, DEFAULT)
+    return flags.parser(prog, __doc__, ImageSource, PredictorTask, PredictorConfig, DEFAULT, training.Asked)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "jobs/train_predictor.py") -> int:
@@ -35,9 +35,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "jobs/train_predictor.py
     images, _ = training.opened(source, config.seed)
     tower = images.tower
     shape = flags.read(PredictorConfig, args, grid=tower.grid, input_width=tower.width)
-    training.trained(flags.read(PredictorTask, args, images=images, config=shape), config, NAME)
+    task = flags.read(PredictorTask, args, images=images, config=shape)
+    if training.estimated(task, config, args):
+        return 0
+    training.trained(task, config, NAME)
     following = flags.command(prog, "train_tokens")
-    print(f"next          {following} --rankings {args.rankings} --predictor {args.out} --keep 0.6")
+    print(f"next          {following} {training.same_images(args)} --predictor {args.out}")
     return 0
 
 

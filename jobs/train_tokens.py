@@ -37,7 +37,7 @@ class Beside:
 
 def parser(prog: str = "jobs/train_tokens.py") -> argparse.ArgumentParser:
     """The flags."""
-    return flags.parser(prog, __doc__, ImageSource, Beside, TokensTask, TokensConfig, DEFAULT)
+    return flags.parser(prog, __doc__, ImageSource, Beside, TokensTask, TokensConfig, DEFAULT, training.Asked)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "jobs/train_tokens.py") -> int:
@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "jobs/train_tokens.py") 
     text_width = None if prompted is None else prompted.width
     shape = flags.read(TokensConfig, args, width=images.tower.width, text_width=text_width)
     task = flags.read(TokensTask, args, images=images, config=shape, predictor=found, prompted=prompted)
+    if training.estimated(task, config, args):
+        return 0
     summary = training.trained(task, config, NAME)
     _, record = prompts.load(summary.folder)
     if record["helps"] is False:

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from tqdm import tqdm
+
 from cluster.train import TrainingSummary, train
+from cluster.training_estimate import TrainingEstimate, estimate
 from cluster.training_job import TrainingConfig
 from cluster.training_worker import Task
+from patchrank import flags
 from patchrank.errors import stoppable
+from patchrank.flags import flag
 from patchrank.model import artifacts
 from patchrank.model.loading import Model
 from patchrank.training.images import ImageSource, TrainingImages, open_images
 from patchrank.training.outcome import Figures
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked for beside a training."""
+
+    estimate: bool = flag(False, "tell how long it would take, and write nothing", group="training")
 
 
 def opened(source: ImageSource, seed: int) -> tuple[TrainingImages, Model]:
@@ -26,6 +40,35 @@ def opened(source: ImageSource, seed: int) -> tuple[TrainingImages, Model]:
             file=sys.stderr,
         )
     return images, model
+
+
+def show_estimate(found: TrainingEstimate) -> None:
+    """Print what a training would cost."""
+    rate = found.images / found.step_seconds
+    print(f"steps         {found.steps} of {found.images} images")
+    print(f"a step        {found.step_seconds:.2f} s, {rate:.1f} images/s, {found.places.actors} workers")
+    print(f"evaluations   {found.evaluations} of {found.evaluation_seconds:.0f} s")
+    memory = f"{found.memory / 1e9:.2f} GB" + (f", {found.gpu_memory / 1e9:.2f} GB of GPU" if found.gpu_memory else "")
+    print(f"memory        {memory} a worker, each with {found.places}")
+    print(f"time          {tqdm.format_interval(found.seconds)} (h:mm:ss)")
+    print(f"device-hours  {found.device_hours:.2f}")
+
+
+def estimated(task: Task, config: TrainingConfig, args: argparse.Namespace) -> bool:
+    """Whether an estimate was asked for; prints it then."""
+    if flags.read(Asked, args).estimate:
+        show_estimate(estimate(task, config))
+        return True
+    return False
+
+
+def same_images(args: argparse.Namespace) -> str:
+    """The flags that name the rankings, images and model of a training, for the job that goes on with them."""
+    wanted = [f"--rankings {args.rankings}"]
+    if args.rankings == "none":
+        wanted += [f"--shards {' '.join(args.shards)}", f"--model {args.model}"]
+        wanted += [f"--pretrained {args.pretrained}"] if args.pretrained else []
+    return " ".join(wanted)
 
 
 def trained(task: Task, config: TrainingConfig, artifact: str) -> TrainingSummary:

@@ -47,6 +47,12 @@ class Line:
     def parameters(self, module):
         return [([module.weight], 1.0), ([module.bias], 1.0)]
 
+    def phases(self):
+        return [(0, 60)]
+
+    def evaluated(self):
+        return 101
+
     def batches(self, rank, world, size, accumulation, start):
         for step in range(start, 10**9):
             points = torch.randn(world * accumulation, size, 1, generator=torch.Generator().manual_seed(step))

@@ -112,7 +112,7 @@ class Bundle(
         self.search = search
         self.figures = figures or []
         self.class_names = class_names
-        self.predictor = Predictor(PredictorConfig(**predictor_config))
+        self.predictor = Predictor(PredictorConfig.read(predictor_config))
         self.tokens = None if tokens_config is None else VisualTokens(TokensConfig(**tokens_config))
         own = class_names is not None and embed_dim is not None
         self.register_buffer("classes", torch.zeros(len(class_names or ()), embed_dim or 0) if own else None)

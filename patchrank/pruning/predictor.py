@@ -6,7 +6,8 @@ kept = select(usefulness, tokens_kept(tower.num_tokens, 0.6))
 embeddings = tower.suffix(tokens, kept)
 
 Section 3.2 of the paper (arXiv 2409.14607): channel mixing, then token mixing, each a residual MLP (linear, layer norm,
-GELU, linear), then the mean over channels. Ours first projects the channels to a small width.
+GELU, linear), then the mean over channels. Ours first projects the channels to an eighth of the tower's width, and
+mixes tokens through a hidden layer that does not grow with their number, so that it is small beside every tower.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from patchrank.tokens import by_rank
 
 TARGETS = ("rank", "score")
 NAME = "predictor"  # of its files
+SCALED = -1  # a width by that of the tower
+LEAST_WIDTH = 16
 PREFIX_TOKENS = 1  # of the towers that predictors are for: the class token
 
 
@@ -37,20 +40,30 @@ class PredictorConfig:
     grid: tuple[int, int]  # rows and columns of patch tokens; N is their product
     input_width: int  # D of the tower
     width: int | None = flag(  # None mixes all D, as the paper does
-        64,
-        "channels are projected to this first; 0 mixes all (%(default)s)",
+        SCALED,
+        "channels are projected to this first; 0 mixes all (an eighth of the tower's)",
         group="predictor",
         convert=lambda width: width or None,
     )
-    # Of both MLPs; the paper's 6 % mean 4.
-    expansion: float = flag(2.0, "hidden width as a multiple of the input (%(default)g)")
+    # Of both MLPs in the paper, whose 6 % mean 4.
+    expansion: float = flag(2.0, "hidden width of channel mixing as a multiple of its input (%(default)g)")
+    mixing: int | None = flag(  # None is `expansion` times the tokens
+        64, "hidden width of token mixing; 0 is --expansion times the tokens (%(default)s)", convert=lambda n: n or None
+    )
     class_token: bool = flag(True, "leave the class token out of its input")  # whether it is mixed with the patches
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(self.grid))  # JSON has lists
-        at_least(self, 1, "width")
+        if self.width == SCALED:
+            object.__setattr__(self, "width", max(LEAST_WIDTH, self.input_width // 8))
+        at_least(self, 1, "width", "mixing")
         if self.expansion <= 0:
             raise UserError(f"--expansion {self.expansion}: must be above 0")
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> PredictorConfig:
+        """The shape that a file tells. Those of before 0.2 do not tell how tokens are mixed: by `expansion`."""
+        return cls(**{"mixing": None, **config})
 
     @property
     def num_tokens(self) -> int:
@@ -76,8 +89,9 @@ class Predictor(nn.Module):
         width = config.width or config.input_width
         self.norm = nn.LayerNorm(config.input_width)  # a few channels of CLIP's tokens are a hundred times the others
         self.project = nn.Linear(config.input_width, width) if config.width else nn.Identity()
-        self.channels = _mlp(width, config.expansion)
-        self.positions = _mlp(config.mixed_tokens, config.expansion)
+        self.channels = _mlp(width, round(width * config.expansion))
+        tokens = config.mixed_tokens
+        self.positions = _mlp(tokens, config.mixing or round(tokens * config.expansion))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Usefulness of each patch token, high = keep.
@@ -104,8 +118,8 @@ class Predictor(nn.Module):
         return total + sum(layer.weight.numel() * width for layer in self.positions if isinstance(layer, nn.Linear))
 
 
-def _mlp(size: int, expansion: float) -> nn.Sequential:
-    hidden = max(1, round(size * expansion))
+def _mlp(size: int, hidden: int) -> nn.Sequential:
+    hidden = max(1, hidden)
     return nn.Sequential(nn.Linear(size, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, size))
 
 
@@ -187,7 +201,7 @@ def load(folder: str, tower: Tower | None = None, weights: str | None = None) ->
     """
     tensors, record = artifacts.load(folder, NAME)
     with artifacts.readable(folder, NAME):
-        predictor = Predictor(PredictorConfig(**record["config"]))
+        predictor = Predictor(PredictorConfig.read(record["config"]))
         predictor.load_state_dict(tensors)
         model = {**record["model"], "grid": list(predictor.config.grid)}
     artifacts.check(f"{folder}: this predictor was", model, tower, weights)

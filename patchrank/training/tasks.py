@@ -60,6 +60,13 @@ class _ImagesTask:
     def report(self) -> dict[str, JoinReport]:
         return self.images.reports()
 
+    def evaluated(self) -> int:
+        held_out, most = self.images.everything.rows[1], self.images.measured
+        return min(held_out, most) + (most if self.images.test else 0)
+
+    def phases(self) -> list[tuple[int, int]]:
+        return [(0, self.steps)]
+
     def _begin(self, device: torch.device, steps: int) -> None:
         self.steps = steps
         self.images.start(device)
@@ -151,6 +158,10 @@ class PredictorTask(_ImagesTask):
     def start(self, device: torch.device, steps: int) -> nn.Module:
         self._begin(device, steps)
         return Predictor(self.config)
+
+    def phases(self) -> list[tuple[int, int]]:
+        there = [(0, self.golden_steps), (self.golden_steps, self.steps - self.golden_steps)]
+        return [(first, count) for first, count in there if count]
 
     def parameters(self, module: nn.Module) -> list[tuple[list[nn.Parameter], float]]:
         return [(list(module.parameters()), 1.0)]
