@@ -86,16 +86,16 @@ def test_from_rankings_to_the_table(data, address, tmp_path, capsys):
     assert after["held-out/Kendall tau"] > before["held-out/Kendall tau"]
 
     trained = ["--predictor", str(tmp_path / "predictor"), "--out", str(tmp_path / "tokens"), "--workers", "1"]
-    more = ["--tokens", "4", "--keep", "0.5", "--epochs", "20"]
+    more = ["--tokens", "4", "--keep", "0.5", "--epochs", "20", "--held-out", "0"]
     assert train_tokens.main(flags(data, *shared, *trained, *more)) == 0
     assert "jobs/evaluate.py" in capsys.readouterr().out
     tokens, record = prompts.load(str(tmp_path / "tokens"))
     before, after = record["figures"]["before"], record["figures"]["after"]
-    assert tokens.extra().shape == (4, 32)
-    assert after["test/top-1 at keep 0.5 with tokens"] > 0.9
+    assert tokens.extra().shape == (4, 32) and record["helps"] is None  # nothing was held out that could tell
+    assert after["test/cosine at keep 0.5 with tokens"] > before["test/cosine at keep 0.5 with tokens"]
     assert after["test/top-1 at keep 0.5 without tokens"] == before["test/top-1 at keep 0.5 without tokens"]
     losses = [event.value for event in EventAccumulator(str(tmp_path / "tokens/tensorboard")).Reload().Scalars("loss")]
-    assert sum(losses[-4:]) < sum(losses[:4]) / 2  # the mean of an epoch
+    assert sum(losses[-16:]) < sum(losses[:16]) / 2
 
     learnt_from = ["--predictor", str(tmp_path / "predictor"), "--tokens", str(tmp_path / "tokens")]
     evaluated = ["--rankings", str(data / "rankings"), "--shards", test, "--dtype", "float32", "--keep-rates", "0.5"]
@@ -145,9 +145,10 @@ def test_text_tokens_bring_their_class_embeddings(data, untrained, tmp_path):
     images, model = open_images(ImageSource(str(data / "rankings"), dtype="float32", held_out=0.2))
     learnt, _ = predictor.load(str(untrained / "same"), images.tower, model.weights)
     prompted = PromptedText(model, CLASSES, 4)
-    task = TokensTask(images, TokensConfig(32, 4, text_width=prompted.width), learnt, 0.5, prompted)
+    config = TokensConfig(32, 4, text_width=prompted.width)
+    task = TokensTask(images, config=config, predictor=learnt, keep=0.5, prompted=prompted)
     torch.manual_seed(0)
-    module = task.start(torch.device("cpu"))
+    module = task.start(torch.device("cpu"), 30)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.02)
     losses = []
     for batch, _ in zip(task.batches(0, 1, 16, 1, 0), range(30), strict=False):
@@ -159,7 +160,7 @@ def test_text_tokens_bring_their_class_embeddings(data, untrained, tmp_path):
     assert sum(losses[-5:]) < sum(losses[:5])
     after = task.evaluate(module, 0, 1, lambda tensor: tensor)
     nothing = replace(task, images=open_images(ImageSource(str(data / "rankings"), dtype="float32", held_out=0))[0])
-    assert nothing.evaluate(nothing.start(torch.device("cpu")), 0, 1, lambda tensor: tensor) == {}
+    assert nothing.evaluate(nothing.start(torch.device("cpu"), 30), 0, 1, lambda tensor: tensor) == {}
     task.save(module, str(tmp_path), {}, after, [task.report()])
 
     tokens, record = prompts.load(str(tmp_path), images.tower, model.weights)
@@ -168,7 +169,7 @@ def test_text_tokens_bring_their_class_embeddings(data, untrained, tmp_path):
     bundle = Bundle.from_training(model, str(untrained / "same"), str(tmp_path))
     made = methods.make(["predictor-tokens"], images.tower.device, bundle)
     comparison = Comparison(images.tower, made, [0.5], images.classes)
-    for batch in images.pairs.held_out(64):
+    for batch in images.ranked.held_out(64):
         comparison.add(batch)
     assert comparison.rows()[-1].top1 == after["held-out/top-1 at keep 0.5 with tokens"]
     (tmp_path / "classes.safetensors").unlink()
@@ -176,11 +177,52 @@ def test_text_tokens_bring_their_class_embeddings(data, untrained, tmp_path):
         Bundle.from_training(model, str(untrained / "same"), str(tmp_path))
 
 
+@pytest.mark.parametrize("gain", [0.01, -0.01])
+def test_tokens_that_do_harm_are_not_kept(data, untrained, tmp_path, gain):
+    """Held-out images decide, at equal cost; the folder then has the predictor that training began with."""
+    images, model = open_images(ImageSource(str(data / "rankings"), dtype="float32", held_out=0.2))
+    learnt, _ = predictor.load(str(untrained / "same"), images.tower, model.weights)
+    task = TokensTask(images, config=TokensConfig(32, 4), predictor=learnt)
+    module = task.start(torch.device("cpu"), 30)
+    with torch.no_grad():
+        for parameter in module.predictor.parameters():
+            parameter += 1
+    figures = {}
+    for keep in (0.8, 0.7, 0.6, 0.5, 0.4):
+        figures[f"held-out/cosine at keep {keep:g} without tokens"] = 0.9
+        figures[f"held-out/cosine at keep {keep:g} with tokens"] = 0.9 + gain
+    task.save(module, str(tmp_path), {}, figures, [task.report()])
+    tokens, record = prompts.load(str(tmp_path), images.tower, model.weights)
+    bundle = Bundle.from_training(model, str(untrained / "same"), str(tmp_path))
+    helps = gain > 0
+    assert record["helps"] == helps and tokens.config.count == (4 if helps else 0)
+    assert (bundle.tokens is not None) == helps
+    kept = module.predictor if helps else learnt
+    assert all(torch.equal(a, b) for a, b in zip(bundle.predictor.parameters(), kept.parameters(), strict=True))
+
+
+def test_images_without_rankings_teach_and_what_it_takes_is_told(data, address, tmp_path, capsys):
+    there = ["--rankings", "none", "--shards", str(data / "images-{0,1}.tar"), "--dtype", "float32"]
+    there += ["--model", f"local-dir:{data / 'model'}", "--batch", "8", "--held-out", "0.2", "--epochs", "4"]
+    there += ["--address", address, "--workers", "1", "--cpus-per-worker", "1", "--keep-rates", "0.5", "0.4"]
+    assert train_predictor.main([*there, "--out", str(tmp_path / "predictor"), "--estimate"]) == 0
+    printed = capsys.readouterr().out
+    assert "of 8 images" in printed and "device-hours" in printed and not (tmp_path / "predictor").exists()
+    assert train_predictor.main([*there, "--out", str(tmp_path / "predictor")]) == 0
+    printed = capsys.readouterr().out
+    assert "0 with a ranking, 80 without" in printed
+    assert f"train_tokens.py --rankings none --shards {data / 'images-{0,1}.tar'} --model local-dir:" in printed
+    _, record = predictor.load(str(tmp_path / "predictor"))
+    before, after = record["figures"]["before"], record["figures"]["after"]
+    assert record["search"] is None and record["golden"] == 0
+    assert set(after) == {f"held-out/cosine at keep {keep:g}" for keep in (0.5, 0.4)} and after != before
+
+
 def test_shards_that_were_not_searched_are_told(data, tmp_path, capsys):
     (tmp_path / "other.tar").write_bytes(b"")
     wanted = [str(data / "images-0.tar"), str(tmp_path / "other.tar")]
     images, _ = training.opened(ImageSource(str(data / "rankings"), wanted), seed=0)
-    assert images.pairs.shards == [str(data / "images-0.tar")]
+    assert images.ranked.shards == [str(data / "images-0.tar")] and images.everything.shards == wanted
     assert f"warning: 1 of the shards have no rankings in {data / 'rankings'}, " in capsys.readouterr().err
 
 
@@ -224,7 +266,9 @@ def test_bad_input_of_the_predictor_is_one_line_and_writes_nothing(data, tmp_pat
         (["--predictor", "{untrained}/absent"], "holds no predictor"),
         (["--keep", "0.01"], "--keep 0.01"),
         (["--place", "end"], "--place end"),
-        (["--tokens", "0"], "--tokens 0"),
+        (["--tokens", "-1"], "--tokens -1"),
+        (["--tokens", "20"], "--keep-rates 0.5: leaves no place for patches beside 20"),
+        (["--rankings", "none"], "--rankings none: needs --shards and --model"),
         (["--text", "--tokens", "30"], "--tokens 30"),
         (["--place", "input", "--cache-features", "{tmp}"], "--cache-features"),
     ],

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from patchrank import assets
 from patchrank.errors import UserError
+from patchrank.model import loading
 from patchrank.model.tower import Tower
 from patchrank.pruning import predictor as predictors
 from patchrank.pruning.predictor import LOSSES, Predictor, PredictorConfig, targets
@@ -42,9 +44,12 @@ def test_multiply_adds_are_exact(width, class_token):
     assert predictor.multiply_adds() * 2 == counter.get_total_flops()
 
 
-def test_the_default_costs_a_five_hundredth_of_the_model_and_the_papers_form_6_percent():
+def test_the_default_is_small_beside_every_tower_and_the_papers_form_costs_6_percent():
     assert Predictor(PredictorConfig((14, 14), 768)).multiply_adds() <= 0.002 * VIT_B_16
-    paper = PredictorConfig((14, 14), 768, width=None, expansion=4, class_token=False)
+    embedded = Tower(loading.load(assets.MODEL).visual)
+    small = Predictor(PredictorConfig(embedded.grid, embedded.width))
+    assert small.multiply_adds() <= 0.02 * embedded.adapter.full_multiply_adds()
+    paper = PredictorConfig((14, 14), 768, width=None, expansion=4, mixing=None, class_token=False)
     assert 0.06 < Predictor(paper).multiply_adds() / VIT_B_16 < 0.07
 
 
