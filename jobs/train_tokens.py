@@ -22,7 +22,7 @@ from patchrank.pruning.prompts import NAME, PromptedText, TokensConfig
 from patchrank.training.images import ImageSource
 from patchrank.training.tasks import TokensTask
 
-DEFAULT = TrainingConfig("tokens", epochs=5, batch=64, learning_rate=2e-2)
+DEFAULT = TrainingConfig("tokens", epochs=5, batch=64, learning_rate=1e-2)
 
 
 @dataclass(frozen=True)
