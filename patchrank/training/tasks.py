@@ -300,7 +300,7 @@ class TokensTask(_ImagesTask):
         keep_rates = list(dict.fromkeys([*self.keep_rates, self.keep]))
         for part, batches in self.images.parts(rank, world):
             methods = {
-                "pruned": Method(Predicted(self.predictor)),
+                "pruned": Method(Predicted(module.predictor)),
                 self.name: Method(Predicted(module.predictor), module.tokens, self._classes(module.tokens)),
             }
             comparison = Comparison(self.images.tower, methods, keep_rates, self.images.classes)
@@ -316,26 +316,29 @@ class TokensTask(_ImagesTask):
             return self.prompted(tokens.text)
         return self.images.classes
 
-    def _helps(self, figures: Figures) -> bool | None:
-        """Whether held-out images lose less with the tokens than without, at equal cost; None where there are none."""
-        losses = []
-        for how in ("with", "without"):
-            names = {keep: f"held-out/cosine at keep {keep:g} {how} tokens" for keep in self.keep_rates}
-            if not set(names.values()) <= set(figures):
-                return None
-            losses.append(sum(gating.weight(keep) * (1 - figures[name]) for keep, name in names.items()))
-        return losses[0] <= losses[1]
+    def _held_out(self, figures: Figures, how: str) -> float | None:
+        """What held-out images lose, with or without tokens, at equal cost; None where there are none."""
+        names = {keep: f"held-out/cosine at keep {keep:g} {how} tokens" for keep in self.keep_rates}
+        if not set(names.values()) <= set(figures):
+            return None
+        return sum(gating.weight(keep) * (1 - figures[name]) for keep, name in names.items())
 
     def save(
         self, module: nn.Module, folder: str, before: Figures, after: Figures, reports: Sequence[dict[str, JoinReport]]
     ) -> None:
-        """Where the tokens do harm, the predictor that training began with, and no tokens."""
+        """Of what held-out images lose least with: tokens and predictor, this predictor alone, or that of before."""
         assert isinstance(module, Together)
-        helps = self._helps(after)
-        tokens, learnt = module.tokens, module.predictor
-        if helps is False:
-            nothing = TokensConfig(self.config.width, 0, self.config.place)
-            tokens, learnt = VisualTokens(nothing), self.predictor
+        tokens, learnt, helps = module.tokens, module.predictor, None
+        found, alone, began = (
+            self._held_out(after, "with"),
+            self._held_out(after, "without"),
+            self._held_out(before, "without"),
+        )
+        if found is not None and alone is not None and began is not None:
+            helps = found <= min(alone, began)
+            if not helps:
+                tokens = VisualTokens(TokensConfig(self.config.width, 0, self.config.place))
+                learnt = module.predictor if alone <= began else self.predictor
         names = self.images.class_names
         record = {
             **self.images.record(before, after, reports),

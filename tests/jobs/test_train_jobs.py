@@ -93,7 +93,6 @@ def test_from_rankings_to_the_table(data, address, tmp_path, capsys):
     before, after = record["figures"]["before"], record["figures"]["after"]
     assert tokens.extra().shape == (4, 32) and record["helps"] is None  # nothing was held out that could tell
     assert after["test/cosine at keep 0.5 with tokens"] > before["test/cosine at keep 0.5 with tokens"]
-    assert after["test/top-1 at keep 0.5 without tokens"] == before["test/top-1 at keep 0.5 without tokens"]
     losses = [event.value for event in EventAccumulator(str(tmp_path / "tokens/tensorboard")).Reload().Scalars("loss")]
     assert sum(losses[-16:]) < sum(losses[:16]) / 2
 
@@ -177,9 +176,9 @@ def test_text_tokens_bring_their_class_embeddings(data, untrained, tmp_path):
         Bundle.from_training(model, str(untrained / "same"), str(tmp_path))
 
 
-@pytest.mark.parametrize("gain", [0.01, -0.01])
-def test_tokens_that_do_harm_are_not_kept(data, untrained, tmp_path, gain):
-    """Held-out images decide, at equal cost; the folder then has the predictor that training began with."""
+@pytest.mark.parametrize("alone, together", [(0.91, 0.92), (0.91, 0.905), (0.89, 0.88)])
+def test_tokens_that_do_harm_are_not_kept(data, untrained, tmp_path, alone, together):
+    """Held-out images decide, at equal cost: tokens and predictor, that predictor alone, or the one of before."""
     images, model = open_images(ImageSource(str(data / "rankings"), dtype="float32", held_out=0.2))
     learnt, _ = predictor.load(str(untrained / "same"), images.tower, model.weights)
     task = TokensTask(images, config=TokensConfig(32, 4), predictor=learnt)
@@ -187,17 +186,18 @@ def test_tokens_that_do_harm_are_not_kept(data, untrained, tmp_path, gain):
     with torch.no_grad():
         for parameter in module.predictor.parameters():
             parameter += 1
-    figures = {}
+    before, after = {}, {}
     for keep in (0.8, 0.7, 0.6, 0.5, 0.4):
-        figures[f"held-out/cosine at keep {keep:g} without tokens"] = 0.9
-        figures[f"held-out/cosine at keep {keep:g} with tokens"] = 0.9 + gain
-    task.save(module, str(tmp_path), {}, figures, [task.report()])
+        before[f"held-out/cosine at keep {keep:g} without tokens"] = 0.9
+        after[f"held-out/cosine at keep {keep:g} without tokens"] = alone
+        after[f"held-out/cosine at keep {keep:g} with tokens"] = together
+    task.save(module, str(tmp_path), before, after, [task.report()])
     tokens, record = prompts.load(str(tmp_path), images.tower, model.weights)
     bundle = Bundle.from_training(model, str(untrained / "same"), str(tmp_path))
-    helps = gain > 0
+    helps = together > 0.91
     assert record["helps"] == helps and tokens.config.count == (4 if helps else 0)
     assert (bundle.tokens is not None) == helps
-    kept = module.predictor if helps else learnt
+    kept = module.predictor if alone > 0.9 else learnt
     assert all(torch.equal(a, b) for a, b in zip(bundle.predictor.parameters(), kept.parameters(), strict=True))
 
 
