@@ -232,6 +232,7 @@ def _settings(job: EvaluationJob, found: _Setting) -> dict[str, Any]:
         "grid": list(tower.grid),
         "methods": found.methods,
         "keep_rates": list(job.pruning.keep_rates),
+        "compared_at": "equal multiply-adds",  # tables of before 0.2, which were not, are not mixed with these
         "classes": found.classes.identity,
         "rankings": None if corpus is None else corpus.fingerprint,
         "bundle": None if found.bundle is None else loading.digest(found.bundle.state_dict()),

@@ -92,7 +92,8 @@ class PrunedTower(StandIn):
         attention = None if before is None else partial(adapter.class_attention, before.detach(), number - 1)
         usefulness = selector(tokens.detach(), there, attention)  # (B, n)
         places = first + usefulness.topk(kept, dim=1).indices  # (B, kept), best first; ONNX has no stable sort
-        chosen = x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))  # (B, kept, D)
+        # Whole rows: a gather goes number by number, and takes ten times as long on a CPU.
+        chosen = x[torch.arange(x.shape[0], device=x.device)[:, None], places]  # (B, kept, D)
         return torch.cat([x[:, :first], chosen], dim=1)
 
     def multiply_adds(self) -> int:

@@ -106,8 +106,9 @@ class Predictor(nn.Module):
         x = tokens[:, end - self.config.mixed_tokens : end].to(self.norm.weight.dtype)  # (B, T, D)
         x = self.project(self.norm(x))  # (B, T, width)
         x = x + self.channels(x)
-        x = x + self.positions(x.transpose(1, 2)).transpose(1, 2)
-        return x.float().mean(dim=-1)[:, -self.config.num_tokens :]  # (B, N)
+        # The mean over channels of what the last layer makes is what it makes of the mean: a width-th of the cost.
+        mixed = self.positions[-1](self.positions[:-1](x.transpose(1, 2)).mean(dim=1))  # (B, T)
+        return (x.mean(dim=2) + mixed)[:, -self.config.num_tokens :].float()  # (B, N)
 
     def multiply_adds(self) -> int:
         """Exact multiply-adds of an image; norms, activations and the mean are not counted."""
@@ -115,7 +116,8 @@ class Predictor(nn.Module):
         width = self.config.width or self.config.input_width
         by_token = [layer for part in (self.project, self.channels) for layer in part.modules()]
         total = sum(layer.weight.numel() * rows for layer in by_token if isinstance(layer, nn.Linear))
-        return total + sum(layer.weight.numel() * width for layer in self.positions if isinstance(layer, nn.Linear))
+        first, last = (layer.weight.numel() for layer in self.positions if isinstance(layer, nn.Linear))
+        return total + width * first + last
 
 
 def _mlp(size: int, hidden: int) -> nn.Sequential:
