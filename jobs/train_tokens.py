@@ -61,7 +61,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "jobs/train_tokens.py") 
     _, record = prompts.load(summary.folder)
     if record["helps"] is False:
         print(f"tokens        none: held-out images lose more with them; {args.out} has a predictor alone")
-    compared = f"--rankings {args.rankings} --held-out {args.held_out}" if args.held_out else "--rankings TEST-RANKINGS"
+    compared = f"{training.same_images(args)} --held-out {args.held_out}".replace("--rankings none ", "")
+    if not args.held_out:
+        compared = "--rankings TEST-RANKINGS"
     following = flags.command(prog, "evaluate")
     print(f"next          {following} {compared} --predictor {args.predictor} --tokens {args.out}")
     return 0

@@ -21,6 +21,7 @@ from patchrank.model import artifacts
 from patchrank.model.loading import Model
 from patchrank.training.images import ImageSource, TrainingImages, open_images
 from patchrank.training.outcome import Figures
+from patchrank.training.tasks import PredictorTask, TokensTask
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,10 @@ def show_estimate(found: TrainingEstimate) -> None:
     print(f"device-hours  {found.device_hours:.2f}")
 
 
-def estimated(task: Task, config: TrainingConfig, args: argparse.Namespace) -> bool:
+def estimated(task: PredictorTask | TokensTask, config: TrainingConfig, args: argparse.Namespace) -> bool:
     """Whether an estimate was asked for; prints it then."""
     if flags.read(Asked, args).estimate:
+        task.images.features = None  # nothing is written, so it tells the time without them
         show_estimate(estimate(task, config))
         return True
     return False

@@ -64,9 +64,9 @@ class Pruner:
                     schedule = at_keep_rate(adapter, method, tower.cut, keep, "--keep-rates")
                     self._patches[name, keep] = schedule.get(tower.cut, tower.num_tokens)
                 elif method.image_tower is not None:
-                    # An unpruned one is open_clip's own forward pass, which a tower's mix of dtypes is not for.
-                    limit = budget(adapter, method, tower.cut, keep)
-                    self._towers[name, keep] = tower if keep == 1 else method.image_tower(tower.visual, limit)
+                    made = method.image_tower(tower.visual, budget(adapter, method, tower.cut, keep))
+                    # An idle one is open_clip's own forward pass, which a tower's mix of dtypes is not for.
+                    self._towers[name, keep] = tower if made.idle else made
 
     @torch.no_grad()
     def prune(self, batch: PairBatch) -> Iterator[Pruned]:
@@ -88,8 +88,9 @@ class Pruner:
             patches = tokens[:, : tower.length]  # (B, p + N, D), without learnable tokens
             usefulness = method.selector(patches, count, attention, batch)  # (B, N)
             for keep in self.keep_rates:
-                kept = select(usefulness, self._patches[name, keep])
-                embeddings = tower.suffix(full if keep == 1 else tokens, kept)
+                stay = self._patches[name, keep]
+                kept = select(usefulness, stay)
+                embeddings = tower.suffix(full if stay == tower.num_tokens else tokens, kept)
                 yield Pruned(name, keep, embeddings, usefulness, kept)
 
 
