@@ -26,7 +26,7 @@ def kept_bytes(tower: Tower, batch: int, learnable: int, recompute: bool) -> int
     """Bytes that the forward pass of a step keeps for the gradient; of the tower's weights, none.
 
     Args:
-        tower: on the device "meta".
+        tower: best on the device "meta", where nothing is computed.
         batch, learnable: images, and learnable tokens beside the patches.
     """
     owned = {parameter.untyped_storage()._cdata for parameter in tower.parameters()}
@@ -37,8 +37,8 @@ def kept_bytes(tower: Tower, batch: int, learnable: int, recompute: bool) -> int
         return tensor
 
     shape = batch, tower.length + learnable, tower.width
-    tokens = torch.empty(shape, dtype=tower.dtype, device="meta", requires_grad=True)
-    gates = torch.ones(batch, tower.num_tokens, device="meta", requires_grad=True)
+    tokens = torch.empty(shape, dtype=tower.dtype, device=tower.device, requires_grad=True)
+    gates = torch.ones(batch, tower.num_tokens, device=tower.device, requires_grad=True)
     tower.recompute = recompute
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         tower.suffix(tokens, gates=gates)
