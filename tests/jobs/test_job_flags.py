@@ -13,6 +13,7 @@ from cluster.training_job import TrainingConfig
 from jobs import evaluate, make_shards, query, report, search, status, train_predictor, train_tokens
 from patchrank import assets, flags
 from patchrank.errors import UserError
+from patchrank.pruning.predictor import SCALED
 from patchrank.training.images import ImageSource
 
 RATES = [0.8, 0.7, 0.6, 0.5, 0.4]
@@ -21,11 +22,12 @@ MODEL = {"model": None, "pretrained": None, "cut": None, "dtype": "auto"}
 ACTORS = {name: None for name in ("address", "actors", "cpus_per_actor", "gpus_per_actor", "images_per_batch")}
 IMAGES = {
     "rankings": "rankings", "shards": None, "model": None, "pretrained": None, "dtype": "auto",
-    "held_out": 0.1, "test": None, "measured": 1000, "cache_features": None,
+    "held_out": 0.1, "test": None, "measured": 1000, "cache_features": None, "cut": None, "recompute": False,
 }  # fmt: skip
 TRAINING = {
     "batch": 64, "accumulate": 1, "seed": 0, "deepspeed": None, "checkpoints": 5, "max_failures": 3,
-    "address": None, "workers": None, "cpus_per_worker": None, "gpus_per_worker": None,
+    "address": None, "workers": None, "cpus_per_worker": None, "gpus_per_worker": None, "estimate": False,
+    "keep_rates": RATES,
 }  # fmt: skip
 DEFAULTS = {
     search: {
@@ -40,12 +42,12 @@ DEFAULTS = {
         "timed_keep_rates": [0.6, 0.5], "timed_seconds": 5.0,
     },
     train_predictor: {
-        **IMAGES, **TRAINING, "loss": "bce", "target": None, "width": 64, "expansion": 2.0, "class_token": True,
-        "keep": 0.5, "out": "predictor", "epochs": 10, "learning_rate": 0.003,
+        **IMAGES, **TRAINING, "loss": "bce", "target": None, "width": SCALED, "expansion": 2.0, "mixing": 64,
+        "class_token": True, "golden": 0.5, "keep": 0.5, "out": "predictor", "epochs": 10, "learning_rate": 0.003,
     },
     train_tokens: {
-        **IMAGES, **TRAINING, "predictor": "predictor", "keep": 0.6, "tokens": 16, "place": "cut", "text": False,
-        "out": "tokens", "epochs": 5, "learning_rate": 0.02,
+        **IMAGES, **TRAINING, "predictor": "predictor", "keep": 0.6, "tokens": 4, "place": "cut", "text": False,
+        "label_weight": 0.1, "predictor_rate": 0.2, "out": "tokens", "epochs": 5, "learning_rate": 0.01,
     },
 }  # fmt: skip
 JOBS = {job.__name__.removeprefix("jobs."): job for job in (*DEFAULTS, make_shards, query, report, status)}
