@@ -170,14 +170,17 @@ def _project(attn: Any, x: Tensor, class_token_only: bool = False) -> tuple[Tens
         (C, heads, n or 1, D / heads), and twice (C, heads, n, D / heads).
     """
     width, weight, bias = x.shape[-1], attn.in_proj_weight, attn.in_proj_bias
+    heads = attn.num_heads
+
+    def by_head(parts: Tensor) -> Tensor:
+        """(C, n, k D) -> (C, k heads, n, D / heads)."""
+        return parts.unflatten(-1, (-1, width // heads)).transpose(1, 2)
+
     if class_token_only:
-        query = F.linear(x[:, :1], weight[:width], None if bias is None else bias[:width])  # (C, 1, D)
-        key, value = F.linear(x, weight[width:], None if bias is None else bias[width:]).chunk(2, dim=-1)
+        query = by_head(F.linear(x[:, :1], weight[:width], None if bias is None else bias[:width]))
+        key, value = by_head(F.linear(x, weight[width:], None if bias is None else bias[width:])).chunk(2, dim=1)
     else:
-        query, key, value = F.linear(x, weight, bias).chunk(3, dim=-1)
-    query, key, value = (  # (C, heads, n or 1, D / heads)
-        part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in (query, key, value)
-    )
+        query, key, value = by_head(F.linear(x, weight, bias)).chunk(3, dim=1)
     if isinstance(attn, Attention):
         query, key = attn.ln_q(query), attn.ln_k(key)
     return query, key, value

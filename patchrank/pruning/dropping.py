@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from patchrank.model.adapter import Adapter
 from patchrank.pruning.methods import Method
 from patchrank.pruning.prompts import VisualTokens
 from patchrank.pruning.schedule import Schedule, multiply_adds
@@ -62,7 +63,7 @@ class PrunedTower(StandIn):
         for number in range(adapter.depth):
             kept = self.schedule.get(number)
             if kept is not None:
-                x = self._drop(x, first, kept, before, number)
+                x = self._drop(adapter, x, first, kept, before, number)
             if self.tokens is not None and self.tokens.config.place == "cut" and number == self.cut:
                 x, first = self._join(x)
             before = x
@@ -80,14 +81,13 @@ class PrunedTower(StandIn):
         p = self.adapter.prefix_tokens
         return torch.cat([x[:, :p], extra, x[:, p:]], dim=1), p + extra.shape[1]
 
-    def _drop(self, x: Tensor, first: int, kept: int, before: Tensor | None, number: int) -> Tensor:
+    def _drop(self, adapter: Adapter, x: Tensor, first: int, kept: int, before: Tensor | None, number: int) -> Tensor:
         """The tokens that go on, the most useful patch first: (B, first + n, D) -> (B, first + kept, D)."""
         selector = self.selector
         assert selector is not None
         if number != min(self.schedule) and not selector.tells_anew:
             return x[:, : first + kept]  # they are in order already
-        adapter, there = self.adapter, x.shape[1] - first
-        p = adapter.prefix_tokens
+        there, p = x.shape[1] - first, adapter.prefix_tokens
         tokens = torch.cat([x[:, :p], x[:, first:]], dim=1) if first > p else x  # (B, p + n, D)
         attention = None if before is None else partial(adapter.class_attention, before.detach(), number - 1)
         usefulness = selector(tokens.detach(), there, attention)  # (B, n)

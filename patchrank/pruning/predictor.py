@@ -107,7 +107,8 @@ class Predictor(nn.Module):
         x = self.project(self.norm(x))  # (B, T, width)
         x = x + self.channels(x)
         # The mean over channels of what the last layer makes is what it makes of the mean: a width-th of the cost.
-        mixed = self.positions[-1](self.positions[:-1](x.transpose(1, 2)).mean(dim=1))  # (B, T)
+        into, norm, activation, out_of = self.positions
+        mixed = out_of(activation(norm(into(x.transpose(1, 2)))).mean(dim=1))  # (B, T)
         return (x.mean(dim=2) + mixed)[:, -self.config.num_tokens :].float()  # (B, N)
 
     def multiply_adds(self) -> int:
