@@ -49,7 +49,7 @@ class Pruner:
         keep_rates: at which all of them prune, at equal multiply-adds (see `patchrank.pruning.schedule`).
 
     Raises:
-        UserError: a keep rate that leaves nothing, or is above 1.
+        UserError: a keep rate that leaves no patch, or is above 1.
     """
 
     def __init__(self, tower: Tower, methods: Mapping[str, Method], keep_rates: Sequence[float]) -> None:
@@ -112,7 +112,7 @@ class Row:
 
     Attributes:
         method: its name.
-        keep: share of the patch tokens that stay.
+        keep: rate, which decides what multiply-adds are compared (see `patchrank.pruning.schedule`).
         images: how many were compared.
         top1: share of the labelled images that are classified right; None without class embeddings or labels.
         cosine: to the embedding of the whole image without learnable tokens; None where there were no images.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from patchrank.pruning.methods import METHODS, RANDOM, TOKENS, Method, Need, by_
 from patchrank.pruning.schedule import (
     Schedule,
     at_keep_rate,
+    beside_learnable,
     budget,
     checked,
     scheduled_multiply_adds,
@@ -36,6 +37,7 @@ from patchrank.pruning.schedule import (
 )
 from patchrank.pruning.selector import Selector
 from patchrank.pruning.stand_in import StandIn
+from patchrank.tokens import count_kept
 
 DEFAULT_KEEP = 0.6
 
@@ -88,18 +90,16 @@ def prune(
     places = [cut] if blocks is None else sorted(blocks)
     if not places or (isinstance(keep, Mapping) and not keep):
         raise UserError(f"{'keep' if places else 'blocks'}: names no block before which tokens could leave")
-
-    def patches(block: int, rate: float) -> int:
-        alone = replace(method, allowance=None)  # there is no predictor that it is compared with
-        return at_keep_rate(adapter, alone, block, rate).get(block, adapter.num_tokens)
-
+    count = partial(count_kept, adapter.num_tokens, flag="keep")
     if multiply_adds is not None:
         schedule = _schedule_for(adapter, places, multiply_adds, method, cut)
-    elif isinstance(keep, Mapping):
-        schedule = checked(adapter, {int(block): patches(int(block), rate) for block, rate in keep.items()})
     else:
-        rate = keep if keep is not None else bundle.keep if bundle is not None else DEFAULT_KEEP
-        schedule = checked(adapter, spread(adapter.num_tokens, places, patches(places[0], rate)))
+        if isinstance(keep, Mapping):
+            last, totals = min(keep.values()), {int(block): count(rate) for block, rate in keep.items()}
+        else:
+            last = keep if keep is not None else bundle.keep if bundle is not None else DEFAULT_KEEP
+            totals = spread(adapter.num_tokens, places, count(last))
+        schedule = beside_learnable(adapter, method, checked(adapter, totals), cut, f"keep {last:g}")
     if schedule and method.selector is not None and method.selector.needs_a_block and min(schedule) == 0:
         raise UserError("block 0: there is no block before it whose attention could tell which tokens stay")
     if schedule and bundle is not None and min(schedule) != cut:

@@ -1,8 +1,8 @@
 """Schedules: before which blocks patch tokens leave, how many stay, and what that costs.
 
 Methods are compared at equal multiply-adds. At keep rate m, m * N tokens go past the cut: a learnable token costs what
-a patch costs, so b of them leave m * N - b places for patches. What needs no training is given as many multiply-adds as
-that takes together with the predictor.
+a patch costs, so b of them leave m * N - b places for patches, or fewer where they go through the blocks before the
+cut, too. What needs no training is given as many multiply-adds as that takes together with the predictor.
 """
 
 from __future__ import annotations
@@ -58,11 +58,8 @@ def multiply_adds(adapter: Adapter, method: Method, schedule: Schedule, cut: int
     Args:
         cut: the block before which learnable tokens join, where they do not join at the input.
     """
-    count, join = 0, None
-    if method.tokens is not None and schedule:
-        count, join = method.tokens.config.count, 0 if method.tokens.config.place == "input" else cut
     told = 0 if method.selector is None else method.selector.multiply_adds(adapter, schedule)
-    return scheduled_multiply_adds(adapter, schedule, count, join) + told
+    return scheduled_multiply_adds(adapter, schedule, *_joining(method, cut)) + told
 
 
 def budget(adapter: Adapter, method: Method, cut: int, keep: float) -> int:
@@ -71,8 +68,32 @@ def budget(adapter: Adapter, method: Method, cut: int, keep: float) -> int:
     return scheduled_multiply_adds(adapter, {cut: count}) + (method.allowance or 0)
 
 
+def beside_learnable(adapter: Adapter, method: Method, totals: Schedule, cut: int, asked: str) -> Schedule:
+    """How many patches go on where a method's learnable tokens take places: as many fewer before every block, and no
+    more than it takes that these tokens cost nothing.
+
+    Args:
+        totals: how many tokens go on, learnable ones among them.
+        cut: as for `multiply_adds`.
+        asked: the flag and keep rate that the error names.
+
+    Raises:
+        UserError: no patch is left.
+    """
+    if method.tokens is None or not totals:
+        return totals
+    limit, (count, join) = scheduled_multiply_adds(adapter, totals), _joining(method, cut)
+    for taken in range(count, min(totals.values())):
+        schedule = {block: total - taken for block, total in totals.items()}
+        if scheduled_multiply_adds(adapter, schedule, count, join) <= limit:
+            return schedule
+    raise UserError(f"{asked}: leaves no place for patches beside {count} learnable tokens; keep more")
+
+
 def at_keep_rate(adapter: Adapter, method: Method, cut: int, keep: float, flag: str = "keep") -> Schedule:
     """How many patches go on past the cut; empty at keep 1, where the model stays as it is.
+
+    What is matched to a predictor keeps one patch at least, even if that takes more.
 
     Raises:
         UserError: a keep rate that leaves no patch, or is above 1.
@@ -80,16 +101,16 @@ def at_keep_rate(adapter: Adapter, method: Method, cut: int, keep: float, flag: 
     count = count_kept(adapter.num_tokens, keep, flag)
     if count == adapter.num_tokens:
         return {}
-    extra = 0 if method.tokens is None else method.tokens.config.count
-    if count <= extra:
-        raise UserError(f"{flag} {keep:g}: leaves {count} tokens, and {extra} are learnable ones; keep more")
-    limit = budget(adapter, method, cut, keep)
-    patches = count - extra
-    if method.allowance is not None:
-        patches = adapter.num_tokens - 1
-    elif method.selector is not None:
-        limit += method.selector.multiply_adds(adapter, {cut: patches})
-    # More than the limit are a matched method's, or learnable tokens' that go through the blocks before the cut, too.
+    if method.allowance is None:
+        return beside_learnable(adapter, method, {cut: count}, cut, f"{flag} {keep:g}")
+    limit, patches = budget(adapter, method, cut, keep), adapter.num_tokens - 1
     while patches > 1 and multiply_adds(adapter, method, {cut: patches}, cut) > limit:
         patches -= 1
     return {cut: patches}
+
+
+def _joining(method: Method, cut: int) -> tuple[int, int | None]:
+    """How many learnable tokens a method has, and the block before which they join."""
+    if method.tokens is None:
+        return 0, None
+    return method.tokens.config.count, 0 if method.tokens.config.place == "input" else cut

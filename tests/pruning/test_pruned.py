@@ -14,21 +14,16 @@ import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 
 import patchrank
-from patchrank.data.pair_batches import PairBatch
 from patchrank.errors import UserError
 from patchrank.model.kinds import adapt
 from patchrank.model.loading import tower_digest
 from patchrank.model.tower import Tower
-from patchrank.pruning import methods
 from patchrank.pruning.bundle import Bundle
 from patchrank.pruning.class_attention import ClassAttention
-from patchrank.pruning.comparison import Pruner, before_cut
-from patchrank.pruning.merging import merges_for
+from patchrank.pruning.comparison import before_cut
 from patchrank.pruning.predictor import PredictorConfig
 from patchrank.pruning.prompts import TokensConfig
-from patchrank.pruning.pruned import pruned_tower
-from patchrank.pruning.schedule import scheduled_multiply_adds
-from patchrank.pruning.stand_in import StandIn, count_multiply_adds
+from patchrank.pruning.stand_in import count_multiply_adds
 from patchrank.tokens import select
 
 N = 20  # patch tokens of `small_clip`
@@ -66,7 +61,7 @@ def expected(model, bundle, images, count):
 
 
 @pytest.mark.parametrize("place", [None, "cut", "input"])
-@pytest.mark.parametrize("keep, count", [(0.8, 16), (0.5, 10), (0.25, 5)])
+@pytest.mark.parametrize("keep, count", [(0.8, 16), (0.5, 10), (0.35, 7)])
 def test_a_bundle_prunes_as_in_training(small_clip, images, place, keep, count):
     """Learnable tokens take places of patches; those that go through the blocks before the cut, too, take more."""
     model = small_clip()
@@ -315,37 +310,3 @@ def test_learnable_tokens_leave_a_model_alone_that_loses_nothing(small_clip, ima
     whole = model.encode_image(images)
     patchrank.prune(model, bundle_for(model, place), keep=1.0)
     assert torch.equal(model.encode_image(images), whole)
-
-
-def test_keep_rates_that_learnable_tokens_fill_are_refused(small_clip):
-    model = small_clip()
-    with pytest.raises(UserError, match=r"keep 0\.15: leaves 3 tokens, and 3 are learnable ones"):
-        patchrank.prune(model, bundle_for(model, "cut"), keep=0.15)
-    assert not isinstance(model.visual, StandIn)
-
-
-@pytest.mark.parametrize("keep", [0.8, 0.6, 0.4])
-@pytest.mark.parametrize("place", [None, "cut", "input"])
-def test_ways_of_pruning_are_compared_at_equal_multiply_adds(small_clip, images, place, keep):
-    """All take as many as the predictor with m * N tokens past the cut, or less than a token short of it."""
-    model = small_clip()
-    bundle, cut = bundle_for(model, place), 1
-    adapter = adapt(model.visual)
-    told = bundle.predictor.multiply_adds()
-    budget = scheduled_multiply_adds(adapter, {cut: round(keep * N)}) + told
-    token = budget - scheduled_multiply_adds(adapter, {cut: round(keep * N) - 1}) - told
-    assert pruned_tower("predictor", model.visual, cut, keep, bundle).multiply_adds() == budget
-    assert pruned_tower("golden", model.visual, cut, keep, bundle).multiply_adds() == budget - told
-    for name in ("predictor-tokens", "class-attention", "random"):
-        tower = pruned_tower(name, model.visual, cut, keep, bundle)
-        assert budget - token < tower.multiply_adds() <= budget
-        assert count_multiply_adds(tower) == tower.multiply_adds()
-    merging = pruned_tower("token-merging", model.visual, cut, keep, bundle)
-    steps = [merges_for(adapter, budget + more) for more in (-token, 0, token)]
-    assert merging.merges == steps[1] and abs(merging.multiply_adds() - budget) < token
-    # An evaluation keeps as many as what is timed does.
-    made = methods.make(["predictor", "predictor-tokens", "class-attention", "random"], torch.device("cpu"), bundle)
-    batch = PairBatch([str(key) for key in range(5)], images, torch.full((5,), -1), None, None)
-    for pruned in list(Pruner(Tower(model.visual, cut), made, [keep]).prune(batch))[1:]:
-        timed = pruned_tower(pruned.method, model.visual, cut, keep, bundle)
-        assert timed.schedule == {cut: pruned.kept.shape[1]}
