@@ -38,11 +38,11 @@ from patchrank.pruning import methods
 from patchrank.pruning.bundle import Bundle
 from patchrank.pruning.methods import METHODS, UNPRUNED, Need
 from patchrank.pruning.pruned import pruned_tower
+from patchrank.pruning.schedule import at_keep_rate
 from patchrank.pruning.stand_in import count_multiply_adds
 from patchrank.store import rankings, storage
 from patchrank.store.folder import Folder
 from patchrank.store.rankings import Rankings
-from patchrank.tokens import count_kept
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ class Pruning:
     tokens: str | None = flag(None, "what jobs/train_tokens.py left", metavar="FOLDER")
     bundle: str | None = flag(None, "instead of both: a bundle's folder or id on the Hugging Face hub", metavar="NAME")
     methods: Sequence[str] | None = flag(None, f"of {', '.join(METHODS)} (all that there is all for)", metavar="NAME")
-    keep_rates: Sequence[float] = flag((0.8, 0.7, 0.6, 0.5, 0.4), "shares that stay (%(default)s)")
+    keep_rates: Sequence[float] = flag(
+        (0.8, 0.7, 0.6, 0.5, 0.4), "shares of the tokens that stay, learnable ones among them (%(default)s)"
+    )
     match: int | None = flag(None, "tokens that the matching rate looks at (as many as stay)", metavar="M")
     save_bundle: str | None = flag(None, "write what patchrank.prune needs here, with these figures", metavar="FOLDER")
 
@@ -217,10 +219,11 @@ def _setting(
         pairs.check(corpus, tower, model.weights)
     if pruning.match is not None and not 0 < pruning.match <= tower.num_tokens:
         raise UserError(f"--match {pruning.match}: must be 1 to {tower.num_tokens}")
+    chosen = methods.choose(pruning.methods, methods.there_is(tower.cut, bundle, corpus is not None))
     for name, rates in (("--keep-rates", pruning.keep_rates), ("--timed-keep-rates", job.timing.keep_rates)):
         for keep in rates:
-            count_kept(tower.num_tokens, keep, name)
-    chosen = methods.choose(pruning.methods, methods.there_is(tower.cut, bundle, corpus is not None))
+            for method in chosen:
+                at_keep_rate(tower.adapter, METHODS[method].make(bundle), tower.cut, keep, name)
     return _Setting(tower, model, corpus, bundle, classes, chosen)
 
 
@@ -232,7 +235,7 @@ def _settings(job: EvaluationJob, found: _Setting) -> dict[str, Any]:
         "grid": list(tower.grid),
         "methods": found.methods,
         "keep_rates": list(job.pruning.keep_rates),
-        "compared_at": "equal multiply-adds",  # tables of before 0.2, which were not, are not mixed with these
+        "compared_at": record.EQUAL_COST,  # tables of before 0.2, which were not, are not mixed with these
         "classes": found.classes.identity,
         "rankings": None if corpus is None else corpus.fingerprint,
         "bundle": None if found.bundle is None else loading.digest(found.bundle.state_dict()),
@@ -278,6 +281,7 @@ def _sum_up(job: EvaluationJob, found: _Setting, uris: list[str], there: list[st
         classes=figures.by_class(folder, there, found.classes.names),
         latency=latency,
         retrieval=figures.retrieval(folder, there, encode) if model.has_text else [],
+        compared_at=record.EQUAL_COST,
     )
 
 

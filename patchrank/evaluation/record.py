@@ -13,6 +13,7 @@ from patchrank.store import storage
 
 FILE = "figures.json"
 RECALLS = ("1", "5", "10")
+EQUAL_COST = "equal multiply-adds"  # what methods are compared at since 0.2
 _WORDS = {str: "a text", int: "a whole number", float: "a number", list: "a list", dict: "an object"}  # in errors
 
 
@@ -21,6 +22,7 @@ class Figure:
     """What is left of the model by one method at one keep rate; shares in 0 .. 1, None where they were not measured.
 
     Attributes:
+        matching: with golden rankings, at as many tokens as this method keeps, unless others were asked for.
         multiply_adds, counted: of an image, by the formula and as PyTorch counts them.
     """
 
@@ -106,6 +108,8 @@ class Record:
         rankings: the URI of the golden rankings that it compared with, if any.
         device: what was timed.
         images: how many were evaluated.
+        compared_at: `EQUAL_COST`; None in an evaluation of before, where token merging and the like were matched to
+            dropping alone, and learnable tokens came on top.
     """
 
     model: Model
@@ -118,6 +122,7 @@ class Record:
     classes: list[ClassFigure]
     latency: list[Latency]
     retrieval: list[Retrieval]
+    compared_at: str | None = None
 
     def __post_init__(self) -> None:
         if not self.figures:

@@ -16,7 +16,7 @@ from patchrank.report.evaluation import Evaluation, method_name, unit
 
 NAMES = ("top1-by-multiply-adds", "top1-by-keep", "cosine-by-multiply-adds", "cosine-by-keep", "speedup-by-keep")
 _SIZE = (4.7, 4.3)  # inches, so that the text is legible on a phone, and on a laptop no larger than that of the page
-_KEEP = "keep rate, the share of patch tokens that stay"
+_KEEP = "keep rate"
 _ACCURACY, _COSINE = "top-1 accuracy, %", "mean cosine to the unpruned embedding"
 _Points = list[tuple[float, float]]
 

@@ -213,6 +213,11 @@ def test_the_figures_are_the_sums_of_the_rows(data, done):
         matching = [row["matching"] for row in mine if row["matching"] is not None]
         assert figure["matching"] == (pytest.approx(np.mean(matching)) if matching else None)
         assert figure["multiply_adds"] == figure["counted"]  # the formula and PyTorch agree
+    cost = {(figure["method"], figure["keep"]): figure["multiply_adds"] for figure in content["figures"]}
+    assert content["compared_at"] == "equal multiply-adds"
+    for keep in KEEP_RATES:
+        assert cost["predictor-tokens", keep] == cost["predictor", keep] > cost["golden", keep]
+        assert cost["class-attention", keep] <= cost["predictor", keep] >= cost["random", keep] >= cost["golden", keep]
     assert content["figures"][0]["method"] == "unpruned" and content["figures"][1]["keep"] == 0.75
     for one in content["classes"]:
         mine = [row for row in rows if all(row[name] == one[name] for name in ("label", "method", "keep"))]
@@ -252,7 +257,7 @@ def test_times_and_the_bundle(data, done):
     assert {row["method"] for row in bundle.figures} == {"unpruned", "predictor", "predictor-tokens"}
 
 
-def test_an_evaluation_goes_on_where_it_was_and_another_is_kept_out(data, address, done):
+def test_an_evaluation_goes_on_where_it_was_and_another_is_kept_out(data, address, done, tmp_path):
     files = {path: path.stat().st_mtime_ns for path in Path(done.folder).glob("*.parquet")}
     (first, _), before = sorted(files), rows_of(done.folder)
     first.unlink()
@@ -262,6 +267,11 @@ def test_an_evaluation_goes_on_where_it_was_and_another_is_kept_out(data, addres
     assert asdict(again.record)["figures"] == asdict(done.record)["figures"]
     with pytest.raises(UserError, match=r"holds another evaluation \(keep_rates: \[0.75, 0.5\] there, \[0.5\] now"):
         run(job(data, done.folder, address=address, keep_rates=[0.5]))
+    settings = json.loads((Path(done.folder) / "evaluation.json").read_text())["settings"]
+    before = {name: value for name, value in settings.items() if name != "compared_at"}  # as 0.1.0 wrote them
+    Folder(str(tmp_path / "out"), "evaluation").prepare(before)
+    with pytest.raises(UserError, match=r"another evaluation \(compared_at: not set there, .*\); give another --out"):
+        run(job(data, tmp_path / "out", address=address))
 
 
 def test_figures_are_of_the_job_s_shards_alone(data, address, tmp_path):
@@ -349,6 +359,7 @@ def test_bad_input_is_one_line_and_writes_nothing(data, address, tmp_path):
     name = f"local-dir:{data / 'model'}"
     some = ["--shards", str(data / "images-0.tar"), "--model", name]
     ranked = ["--rankings", str(data / "rankings")]
+    tokens = [*ranked, "--bundle", str(data / "bundle")]
     for flags, words in (
         (["--shards", "x.tar"], "--shards needs --model"),
         (["--rankings", str(tmp_path)], "holds no search.json"),
@@ -368,8 +379,10 @@ def test_bad_input_is_one_line_and_writes_nothing(data, address, tmp_path):
         ([*ranked, "--keep-rates", "0"], "--keep-rates 0"),
         ([*ranked, "--match", "17"], "--match 17: must be 1 to 16"),
         ([*ranked, "--cut", "2"], "another --cut"),
-        ([*ranked, "--bundle", str(data / "bundle"), "--cut", "2"], "--cut 2: the predictor was trained for --cut 1"),
+        ([*tokens, "--cut", "2"], "--cut 2: the predictor was trained for --cut 1"),
         ([*ranked, "--bundle", str(tmp_path)], "holds no bundle"),
+        ([*tokens, "--keep-rates", "0.5", "0.1"], "^--keep-rates 0.1: leaves no place for patches beside 2 learnable"),
+        ([*tokens, "--timed-keep-rates", "0.1"], "^--timed-keep-rates 0.1: leaves no place for patches beside 2"),
         ([*ranked, "--pretrained", "openai"], "--pretrained needs --model"),
     ):
         with pytest.raises(UserError, match=words) as error:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from patchrank.errors import UserError
-from patchrank.evaluation.record import FILE, ClassFigure, Figure, Latency, Model, Record, Retrieval
+from patchrank.evaluation.record import EQUAL_COST, FILE, ClassFigure, Figure, Latency, Model, Record, Retrieval
 
 RECALL = {"1": 0.5, "5": 0.75, "10": None}
 RECORD = Record(
@@ -22,6 +22,7 @@ RECORD = Record(
     classes=[ClassFigure(0, "unpruned", 1.0, 2, 0.5, "cat")],
     latency=[Latency("golden", 0.5, 8, 0.1, 0.2, 2.0, 3, 1.9)],
     retrieval=[Retrieval("unpruned", 1.0, 4, 20, RECALL, RECALL)],
+    compared_at=EQUAL_COST,
 )
 KEYS = {
     "figures": "method keep images labelled top1 top5 cosine matching multiply_adds counted",
@@ -42,9 +43,17 @@ def test_what_is_written_is_read_again(tmp_path):
 def test_the_order_of_the_keys_is_that_of_older_evaluations(tmp_path):
     RECORD.write(str(tmp_path))
     content = json.loads((tmp_path / FILE).read_text())
-    assert list(content) == ["model", "class_names", "shards", "rankings", "device", "images", *KEYS]
+    assert list(content) == ["model", "class_names", "shards", "rankings", "device", "images", *KEYS, "compared_at"]
     assert list(content["model"]) == ["name", "pretrained", "weights", "cut", "grid", "dtype", "preprocess"]
     assert {name: list(content[name][0]) for name in KEYS} == {name: keys.split() for name, keys in KEYS.items()}
+
+
+def test_an_evaluation_of_before_does_not_tell_that_it_was_at_equal_cost(tmp_path):
+    RECORD.write(str(tmp_path))
+    content = json.loads((tmp_path / FILE).read_text())
+    del content["compared_at"]
+    (tmp_path / FILE).write_text(json.dumps(content))
+    assert Record.read(str(tmp_path)) == replace(RECORD, compared_at=None)
 
 
 def test_the_mean_of_nothing_is_none(tmp_path):

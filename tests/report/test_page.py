@@ -12,6 +12,7 @@ from reading import CLASSES, LABELS, Page, addresses, changed, svg
 
 from patchrank import assets
 from patchrank.errors import UserError
+from patchrank.evaluation.record import EQUAL_COST
 from patchrank.report import charts as report_charts
 from patchrank.report import gallery as report_gallery
 from patchrank.report import page as report_page
@@ -99,14 +100,22 @@ def test_a_long_class_table_is_folded(evaluation, tmp_path):
     assert "The other 18 classes" in page.text
 
 
+@pytest.mark.parametrize("told", [{}, {"compared_at": EQUAL_COST}])
+def test_what_methods_are_compared_at_is_said_where_it_is_known(evaluation, tmp_path, told):
+    found = read(changed(evaluation[0], tmp_path, **told))
+    gallery = report_gallery.Gallery([], None, 0, 0, [])
+    page = Page(report_page.render(found, 0.6, "predictor", [], gallery, "command"))
+    assert ("Compared at equal multiply-adds" in page.text) == bool(told)
+
+
 def test_every_chart_is_there_for_light_and_dark_and_in_words(page, out, evaluation):
     charts = page.alts("Line chart")
     assert len(charts) == len(page.all("picture")) == len(page.all("source")) == 4
     assert [re.match(r"Line chart of (.*?)\.( |$)", alt)[1] for alt in charts] == [
         "top-1 accuracy, % against M multiply-adds an image",
-        "top-1 accuracy, % against keep rate, the share of patch tokens that stay",
-        "mean cosine to the unpruned embedding against keep rate, the share of patch tokens that stay",
-        "speed-up over the unpruned model, times against keep rate, the share of patch tokens that stay",
+        "top-1 accuracy, % against keep rate",
+        "mean cosine to the unpruned embedding against keep rate",
+        "speed-up over the unpruned model, times against keep rate",
     ]
     top1 = {(one["method"], one["keep"]): 100 * one["top1"] for one in evaluation[1]["figures"]}
     golden = f"Golden ranking: {top1['golden', 0.8]:.1f} at 0.8, {top1['golden', 0.4]:.1f} at 0.4."
