@@ -5,8 +5,9 @@
 
 A line a way of pruning, keep rate and batch size: the median of the ratios of rounds in which all towers take turns,
 what the multiply-adds predict, and the share of that which was measured. "predictor" is the whole of what
-`patchrank.prune` does; token merging (ToMe) is run at as many multiply-adds. Then the share of the pruned model's time
-that the predictor alone takes. Time does not depend on what weights hold, so these are random.
+`patchrank.prune` does; class attention and token merging (ToMe) get as many multiply-adds as that takes, the predictor
+included. Then the share of the pruned model's time that the predictor alone takes. Time does not depend on what weights
+hold, so these are random.
 """
 
 from __future__ import annotations
