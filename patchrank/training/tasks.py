@@ -29,6 +29,7 @@ from patchrank.pruning.methods import UNPRUNED, Method
 from patchrank.pruning.predicted import Predicted
 from patchrank.pruning.predictor import LOSSES, TARGETS, Predictor, PredictorConfig
 from patchrank.pruning.prompts import PromptedText, TokensConfig, VisualTokens
+from patchrank.pruning.schedule import at_keep_rate
 from patchrank.store import storage
 from patchrank.tokens import count_kept, kendall_tau
 from patchrank.training import gating
@@ -69,24 +70,28 @@ class _ImagesTask:
 
     def _begin(self, device: torch.device, steps: int) -> None:
         self.steps = steps
+        self._counts = {keep: self._count(keep) for keep in self.keep_rates}
         self.images.start(device)
 
-    def _count(self, keep: float, learnable: int, name: str = "--keep-rates") -> int:
-        """The patches that stay at a keep rate. Raises UserError where there are none."""
-        count = count_kept(self.images.tower.num_tokens, keep, name) - learnable
-        if count < 1:
-            raise UserError(f"{name} {keep:g}: leaves no place for patches beside {learnable} learnable tokens")
-        return count
+    def _count(self, keep: float, name: str = "--keep-rates") -> int:
+        """The patches that stay at a keep rate, as in an evaluation. Raises UserError where there are none."""
+        tower, tokens = self.images.tower, None if self.learnable is None else VisualTokens(self.learnable)
+        return at_keep_rate(tower.adapter, Method(None, tokens), tower.cut, keep, name).get(tower.cut, tower.num_tokens)
+
+    @property
+    def learnable(self) -> TokensConfig | None:
+        """The learnable tokens that take places of patches."""
+        return None
 
     def _lacking(
         self, lesson: Lesson, tokens: Tensor, usefulness: Tensor, wanted: Tensor, first: int = 0
     ) -> tuple[Tensor, Tensor]:
         """What the pruned embeddings of a lesson lack, a scalar, and these, (B, E); `first` is the first such step."""
-        seed, step, learnable = self.images.seed, lesson.step, tokens.shape[1] - self.images.tower.length
+        seed, step = self.images.seed, lesson.step
         keep = gating.draw_keep(seed, step, self.keep_rates)
         noise = gating.draw_noise(seed, step, lesson.images.keys, usefulness.shape[1]).to(usefulness.device)
         fading = gating.NOISE * (1 - (step - first) / max(1, self.steps - first))
-        count = self._count(keep, learnable)
+        count = self._counts[keep]
         found = gating.embeddings(self.images.tower, tokens, usefulness, count, fading * noise)  # (B, E)
         return gating.lacking(found, wanted, keep).mean(), found
 
@@ -132,7 +137,7 @@ class PredictorTask(_ImagesTask):
             raise UserError(f"--target {self.target}: must be one of {', '.join(TARGETS)}")
         self.count = count_kept(self.config.num_tokens, self.keep)
         for keep in self.keep_rates:
-            self._count(keep, 0)
+            self._count(keep)
 
     @property
     def golden_steps(self) -> int:
@@ -240,15 +245,19 @@ class TokensTask(_ImagesTask):
     name: str = "tokens"
 
     def __post_init__(self) -> None:
-        self._count(self.keep, self.config.count, "--keep")
+        self._count(self.keep, "--keep")
         for keep in self.keep_rates:
-            self._count(keep, self.config.count)
+            self._count(keep)
         if self.prompted is not None and self.images.classes is None:
             raise UserError("--text: needs rankings of a search with --classes, whose labels it learns")
         if self.images.features and self.config.place == "input":
             raise UserError(
                 "--cache-features: goes with --place cut alone, where the tokens before the cut stay the same"
             )
+
+    @property
+    def learnable(self) -> TokensConfig:
+        return self.config
 
     def settings(self) -> dict[str, Any]:
         return {
