@@ -122,6 +122,8 @@ class Pairs:
         Raises:
             UserError: there is nothing to train on.
         """
+        if not self.ranked and not any(self.rows):
+            raise UserError(f"{self._name}: {self._trouble()}")
         if not self.rows[0]:
             raise UserError(f"{self._name}: none of its images is left to train on; lower --held-out")
         return max(1, self.rows[0] // global_batch)
@@ -182,7 +184,10 @@ class Pairs:
             assert self.corpus is not None
             keys = self.corpus.shard(shard, ["key"])["key"].to_pylist()
         else:
-            keys = [pair.key for pair in alone(shard, JoinReport())]
+            found = JoinReport()
+            keys = [pair.key for pair in alone(shard, found)]
+            if found.error:
+                self.reports[shard] = found
         held_out = sum(is_held_out(key, self.share) for key in keys)
         return len(keys) - held_out, held_out
 
@@ -238,7 +243,7 @@ class Pairs:
         if errors:
             return f"no image of its shards can be read ({errors[0]})"
         if not self.ranked:
-            return "no image of its shards can be read any more"
+            return "there is no image in its shards that can be read"
         return "no sample of its shards has a ranking; name the shards that were searched"
 
 
