@@ -220,10 +220,11 @@ def _setting(
     if pruning.match is not None and not 0 < pruning.match <= tower.num_tokens:
         raise UserError(f"--match {pruning.match}: must be 1 to {tower.num_tokens}")
     chosen = methods.choose(pruning.methods, methods.there_is(tower.cut, bundle, corpus is not None))
+    made = methods.make(chosen, tower.device, bundle)
     for name, rates in (("--keep-rates", pruning.keep_rates), ("--timed-keep-rates", job.timing.keep_rates)):
         for keep in rates:
-            for method in chosen:
-                at_keep_rate(tower.adapter, METHODS[method].make(bundle), tower.cut, keep, name)
+            for method in made.values():
+                at_keep_rate(tower.adapter, method, tower.cut, keep, name)
     return _Setting(tower, model, corpus, bundle, classes, chosen)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import ray
+import torch
 from ray._private import ray_constants
 
 from patchrank.errors import UserError
@@ -62,6 +64,11 @@ class Places:
     def threads(self) -> int:
         """That decode images for an actor. Beside a GPU, which is busier than they are, more than it has cores."""
         return max(self.cpus, 4 if self.gpu else 2)
+
+    def peak_bytes(self) -> tuple[int, int]:
+        """The most memory that this process, which works in such a place, has taken, and of its GPU."""
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return memory, torch.cuda.max_memory_allocated() if self.gpu else 0
 
     def room(self) -> int:
         """How many actors there is room for by now, with the nodes that have joined; as many as were asked for."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from cluster.actor import Shared, TowerActor
@@ -99,5 +97,4 @@ class RankingActor(TowerActor):
             return Failed("holds no image that can be read")
         pixels = first.expand(min(plan.images_per_batch, samples), -1, -1, -1)
         took = seconds_per_image(searcher, pixels, seconds)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return ShardCost(samples, took, memory, torch.cuda.max_memory_allocated() if shared.places.gpu else 0)
+        return ShardCost(samples, took, *shared.places.peak_bytes())

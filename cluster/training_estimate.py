@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import resource
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -108,5 +107,4 @@ def _timed(task: Task, config: TrainingConfig, places: Places, steps: int) -> tu
             task.evaluate(module, 0, share, lambda tensor: tensor)
 
     evaluation = clock.seconds(evaluate, device) * share / places.actors
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return training, evaluation, memory, torch.cuda.max_memory_allocated() if places.gpu else 0
+    return training, evaluation, *places.peak_bytes()

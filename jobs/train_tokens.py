@@ -61,9 +61,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "jobs/train_tokens.py") 
     _, record = prompts.load(summary.folder)
     if record["helps"] is False:
         print(f"tokens        none: held-out images lose more with them; {args.out} has a predictor alone")
-    compared = f"{training.same_images(args)} --held-out {args.held_out}".replace("--rankings none ", "")
-    if not args.held_out:
-        compared = "--rankings TEST-RANKINGS"
+    compared = "--rankings TEST-RANKINGS"
+    if args.held_out:  # an evaluation without rankings has no flag that says so
+        compared = f"{training.same_images(args).removeprefix('--rankings none ')} --held-out {args.held_out}"
     following = flags.command(prog, "evaluate")
     print(f"next          {following} {compared} --predictor {args.predictor} --tokens {args.out}")
     return 0

@@ -26,9 +26,9 @@ class JoinReport:
 
     Attributes:
         joined: images with a ranking.
-        without_ranking: samples of the shard that its table does not have.
+        without_ranking: samples of the shard that came without: it has no table, or its table does not have them.
         without_image: rows of the table without a readable sample in the shard.
-        undecodable: keys of images that were ranked, but cannot be decoded now.
+        undecodable: keys of images that cannot be decoded, or cannot any more.
         error: why the shard could not be read to its end, or None.
     """
 
@@ -43,28 +43,27 @@ def join(corpus: Rankings, shard: str, report: JoinReport) -> Iterator[Pair]:
     """The samples of a shard that have a ranking, in the shard's order. The report is whole at the end."""
     table = corpus.tensors(["ranking", "score"], shard)
     row = {key: number for number, key in enumerate(table["key"])}
-    try:
-        for sample in read(shard, corpus.settings.get("limit")):
-            if not isinstance(sample, Sample):
-                continue
-            number = row.pop(sample.key, None)
-            if number is None:
-                report.without_ranking += 1
-                continue
-            report.joined += 1
-            ranking, score = table["ranking"][number], table["score"][number]
-            yield Pair(sample.key, sample.image, sample.label, (), shard, ranking, score)
-    except ShardError as error:  # the other shards are still good
-        report.error = str(error)
+    for sample in _samples(shard, corpus.settings.get("limit"), report):
+        number = row.pop(sample.key, None)
+        if number is None:
+            report.without_ranking += 1
+            continue
+        report.joined += 1
+        ranking, score = table["ranking"][number], table["score"][number]
+        yield Pair(sample.key, sample.image, sample.label, (), shard, ranking, score)
     report.without_image = len(row)
 
 
 def alone(shard: str, report: JoinReport) -> Iterator[Pair]:
     """The samples of a shard without rankings, in its order. The report is whole at the end."""
+    for sample in _samples(shard, None, report):
+        report.without_ranking += 1
+        yield Pair(sample.key, sample.image, sample.label, (), shard)
+
+
+def _samples(shard: str, limit: int | None, report: JoinReport) -> Iterator[Sample]:
+    """The good samples of a shard; the report is told why it cannot be read to its end."""
     try:
-        for sample in read(shard):
-            if isinstance(sample, Sample):
-                report.without_ranking += 1
-                yield Pair(sample.key, sample.image, sample.label, (), shard)
+        yield from (sample for sample in read(shard, limit) if isinstance(sample, Sample))
     except ShardError as error:  # the other shards are still good
         report.error = str(error)

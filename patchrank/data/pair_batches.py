@@ -20,7 +20,7 @@ from patchrank.errors import UserError
 
 @dataclass(frozen=True)
 class PairBatch:
-    """B images with their golden rankings.
+    """B images, with their golden rankings where they have some.
 
     Attributes:
         keys: B strings.

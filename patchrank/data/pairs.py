@@ -61,10 +61,10 @@ class Pairs:
         threads: that decode images.
 
     Attributes:
-        shards: those that have rankings, in the order given, or sorted.
+        shards: those that are read, which have rankings where `ranked`, in the order given, or sorted.
         shards_without_rankings: those given that have none.
         reports: by shard read so far, how its samples and rows found each other.
-        features: where set, `batches` takes the images' tokens from there instead of decoding them.
+        features: where set, `batches` takes the images' tokens and embeddings from there instead of decoding them.
 
     Raises:
         UserError: none of the shards has rankings, or a share that is not in 0 .. 1.
@@ -112,7 +112,7 @@ class Pairs:
 
     @functools.cached_property
     def _counted(self) -> list[tuple[int, int]]:
-        """The same by shard, from the keys of all tables."""
+        """The same by shard, from the keys of tables and of shards that are read without one."""
         with ThreadPoolExecutor(16) as pool:  # for buckets
             return list(pool.map(self._count, self.shards))
 
@@ -173,16 +173,15 @@ class Pairs:
         """For error messages."""
         return self.shards[0] if self.corpus is None else self.corpus.folder
 
-    def _joined(self, shard: str) -> bool:
-        """Whether the images of a shard are those of its table."""
+    def _corpus_of(self, shard: str) -> Rankings | None:
+        """The rankings, where the images of a shard are those of its table."""
         if self.corpus is None or file_name(shard) not in self._tables:
-            return False
-        return self.ranked or self.corpus.settings.get("limit") is None
+            return None
+        return self.corpus if self.ranked or self.corpus.settings.get("limit") is None else None
 
     def _count(self, shard: str) -> tuple[int, int]:
-        if self._joined(shard):
-            assert self.corpus is not None
-            keys = self.corpus.shard(shard, ["key"])["key"].to_pylist()
+        if corpus := self._corpus_of(shard):
+            keys = corpus.shard(shard, ["key"])["key"].to_pylist()
         else:
             found = JoinReport()
             keys = [pair.key for pair in alone(shard, found)]
@@ -222,12 +221,11 @@ class Pairs:
     def _pairs(self, shard: str) -> Iterator[Pair]:
         """The samples of a shard, those that have a ranking where it counts; its report is kept once it is whole."""
         found = JoinReport()
-        if not self._joined(shard):
-            yield from alone(shard, found)
-        else:
-            assert self.corpus is not None
-            for pair in join(self.corpus, shard, found):
+        if corpus := self._corpus_of(shard):
+            for pair in join(corpus, shard, found):
                 yield pair if self.ranked else replace(pair, ranking=None, score=None)
+        else:
+            yield from alone(shard, found)
         found.undecodable = self.reports.get(shard, found).undecodable
         self.reports[shard] = found
 

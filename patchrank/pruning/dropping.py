@@ -58,19 +58,19 @@ class PrunedTower(StandIn):
             raise ValueError("patch dropout is at work; call model.eval() before a pruned model is used")
         first = adapter.prefix_tokens  # the place of the first patch: after these and learnable tokens
         if self.tokens is not None and self.tokens.config.place == "input":
-            x, first = self._join(x)
+            x, first = self._join(adapter, x)
         before = None
         for number in range(adapter.depth):
             kept = self.schedule.get(number)
             if kept is not None:
                 x = self._drop(adapter, x, first, kept, before, number)
             if self.tokens is not None and self.tokens.config.place == "cut" and number == self.cut:
-                x, first = self._join(x)
+                x, first = self._join(adapter, x)
             before = x
             x = adapter.run(x, number, number + 1)
         return adapter.readout(x)
 
-    def _join(self, x: Tensor) -> tuple[Tensor, int]:
+    def _join(self, adapter: Adapter, x: Tensor) -> tuple[Tensor, int]:
         """Learnable tokens put behind the prefix tokens, (B, p + n, D) -> (B, p + b + n, D); the first patch's place.
 
         Attention does not ask for the order, so those in front cost no second gather when tokens leave.
@@ -78,7 +78,7 @@ class PrunedTower(StandIn):
         assert self.tokens is not None
         # The shape, not len(x), which torch.export would take for a constant.
         extra = self.tokens.extra().to(x.dtype).expand(x.shape[0], -1, -1)  # (B, b, D)
-        p = self.adapter.prefix_tokens
+        p = adapter.prefix_tokens
         return torch.cat([x[:, :p], extra, x[:, p:]], dim=1), p + extra.shape[1]
 
     def _drop(self, adapter: Adapter, x: Tensor, first: int, kept: int, before: Tensor | None, number: int) -> Tensor:

@@ -19,9 +19,8 @@ from patchrank.model.tower import Tower
 
 TEMPERATURE = 0.5  # in standard deviations of the usefulness
 NOISE = 0.3  # the scale of the logistic noise at first, likewise
-NEXT = (
-    0.3  # share of all tokens, the next in usefulness, that are there for the gradient; the rest is left out for real
-)
+# Share of all tokens, the next in usefulness, that are there for the gradient; the rest is left out for real.
+NEXT = 0.3
 
 
 def draw_keep(seed: int, step: int, keep_rates: Sequence[float]) -> float:

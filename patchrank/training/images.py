@@ -43,6 +43,7 @@ class TrainingImages:
         test: shards without rankings whose images are measured, too.
         measured: at most so many held-out images, and as many of the test shards together.
         features: folder where tokens before the cut are kept, or None.
+        recompute: as of `Tower`.
     """
 
     tower: Tower
@@ -55,6 +56,7 @@ class TrainingImages:
     test: Sequence[str]
     measured: int
     features: str | None
+    recompute: bool
 
     @property
     def corpus(self) -> Rankings | None:
@@ -95,9 +97,8 @@ class TrainingImages:
     def start(self, device: torch.device) -> None:
         """Bring the tower to its device and dtype."""
         dtype = loading.resolve_dtype(self.dtype, gpu=device.type == "cuda")
-        recompute = self.tower.recompute
         self.tower = Tower(self.tower.visual, self.tower.cut, dtype, device)
-        self.tower.recompute = recompute
+        self.tower.recompute = self.recompute
         self.classes = None if self.classes is None else self.classes.to(device)
         features = None
         if self.features:
@@ -108,12 +109,11 @@ class TrainingImages:
 
     def whole(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """What the unpruned model makes of a batch: (B, p + N, D) before the cut, and its embeddings, (B, E)."""
-        tower = self.tower
+        tokens = self.tokens(batch)
+        if batch.embeddings is not None:
+            return tokens, batch.embeddings.to(self.tower.device)
         with torch.no_grad():
-            if batch.tokens is not None and batch.embeddings is not None:
-                return batch.tokens.to(tower.device), batch.embeddings.to(tower.device)
-            tokens = tower.prefix(batch.pixels)
-            return tokens, tower.suffix(tokens)
+            return tokens, self.tower.suffix(tokens)
 
     def tokens(self, batch: PairBatch) -> Tensor:
         """(B, p + N, D) before the cut, of a batch to train on."""
@@ -123,8 +123,9 @@ class TrainingImages:
     def parts(self, rank: int, world: int) -> Iterator[tuple[str, Iterator[PairBatch]]]:
         """What is measured, by name, and the rank's part of it: the held-out images, with their rankings where all of
         them have one, and those of the test shards."""
-        ranked = self.ranked is not None and self.ranked.rows[1] == self.everything.rows[1]
-        reader = self.ranked if ranked and self.ranked is not None else self.everything
+        reader = self.everything
+        if self.ranked is not None and self.ranked.rows[1] == reader.rows[1]:
+            reader = self.ranked
         yield "held-out", reader.held_out(EVALUATION_BATCH, rank, world, self.measured)
         if self.test:
             preprocess = self.everything.preprocess
@@ -215,7 +216,6 @@ def open_images(source: ImageSource, seed: int = 0) -> tuple[TrainingImages, Mod
     loaded = loading.load(model, pretrained)
     cut = source.cut if corpus is None else corpus.settings["model"]["cut"]
     tower = Tower(loaded.visual, cut, name=model)
-    tower.recompute = source.recompute
     if corpus is not None:
         pairs.check(corpus, tower, loaded.weights)
     class_token_alone(tower.adapter.prefix_tokens, "predictors take")
@@ -236,5 +236,6 @@ def open_images(source: ImageSource, seed: int = 0) -> tuple[TrainingImages, Mod
         test=shards.expand(test) if test else [],
         measured=source.measured,
         features=source.cache_features,
+        recompute=source.recompute,
     )
     return images, loaded

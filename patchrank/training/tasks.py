@@ -54,6 +54,7 @@ class _ImagesTask:
         (0.8, 0.7, 0.6, 0.5, 0.4), "drawn from, a step each (%(default)s)", group="learning through the model"
     )
     steps: int = field(default=0, init=False)  # of the whole training, once it has begun
+    patches: dict[float, int] = field(default_factory=dict, init=False)  # that stay, by keep rate, likewise
 
     def steps_per_epoch(self, global_batch: int) -> int:
         return self.images.everything.steps_per_epoch(global_batch)
@@ -68,20 +69,15 @@ class _ImagesTask:
     def phases(self) -> list[tuple[int, int]]:
         return [(0, self.steps)]
 
-    def _begin(self, device: torch.device, steps: int) -> None:
+    def _begin(self, device: torch.device, steps: int, tokens: VisualTokens | None = None) -> None:
         self.steps = steps
-        self._counts = {keep: self._count(keep) for keep in self.keep_rates}
+        self.patches = {keep: self._count(keep, tokens) for keep in self.keep_rates}
         self.images.start(device)
 
-    def _count(self, keep: float, name: str = "--keep-rates") -> int:
-        """The patches that stay at a keep rate, as in an evaluation. Raises UserError where there are none."""
-        tower, tokens = self.images.tower, None if self.learnable is None else VisualTokens(self.learnable)
+    def _count(self, keep: float, tokens: VisualTokens | None = None, name: str = "--keep-rates") -> int:
+        """The patches that stay beside learnable tokens, as in an evaluation. Raises UserError where there are none."""
+        tower = self.images.tower
         return at_keep_rate(tower.adapter, Method(None, tokens), tower.cut, keep, name).get(tower.cut, tower.num_tokens)
-
-    @property
-    def learnable(self) -> TokensConfig | None:
-        """The learnable tokens that take places of patches."""
-        return None
 
     def _lacking(
         self, lesson: Lesson, tokens: Tensor, usefulness: Tensor, wanted: Tensor, first: int = 0
@@ -91,19 +87,8 @@ class _ImagesTask:
         keep = gating.draw_keep(seed, step, self.keep_rates)
         noise = gating.draw_noise(seed, step, lesson.images.keys, usefulness.shape[1]).to(usefulness.device)
         fading = gating.NOISE * (1 - (step - first) / max(1, self.steps - first))
-        count = self._counts[keep]
-        found = gating.embeddings(self.images.tower, tokens, usefulness, count, fading * noise)  # (B, E)
+        found = gating.embeddings(self.images.tower, tokens, usefulness, self.patches[keep], fading * noise)  # (B, E)
         return gating.lacking(found, wanted, keep).mean(), found
-
-    def _measured(self, comparison: Comparison, part: str, suffix: Mapping[str, str]) -> dict[str, float]:
-        """Figures by name: top-1 and cosine of a comparison; `suffix` ends the names, by method."""
-        figures: dict[str, float] = {}
-        for row in comparison.rows():
-            whole = row.method == UNPRUNED
-            end = "unpruned" if whole else f"at keep {row.keep:g}{suffix[row.method]}"
-            names = {"top-1": row.top1, "cosine": None if whole else row.cosine}
-            figures |= {f"{part}/{name} {end}": value for name, value in names.items() if value is not None}
-        return figures
 
 
 @dataclass
@@ -210,7 +195,7 @@ class PredictorTask(_ImagesTask):
                     f"{part}/matching rate at {self.count}": matching or 0.0,
                     f"{part}/Kendall tau": tau / count,
                 }
-            figures |= self._measured(comparison, part, {self.name: ""})
+            figures |= _figures(part, comparison, {self.name: ""})
         return figures
 
     def save(
@@ -245,19 +230,16 @@ class TokensTask(_ImagesTask):
     name: str = "tokens"
 
     def __post_init__(self) -> None:
-        self._count(self.keep, "--keep")
+        tokens = VisualTokens(self.config)
+        self._count(self.keep, tokens, "--keep")
         for keep in self.keep_rates:
-            self._count(keep)
+            self._count(keep, tokens)
         if self.prompted is not None and self.images.classes is None:
             raise UserError("--text: needs rankings of a search with --classes, whose labels it learns")
         if self.images.features and self.config.place == "input":
             raise UserError(
                 "--cache-features: goes with --place cut alone, where the tokens before the cut stay the same"
             )
-
-    @property
-    def learnable(self) -> TokensConfig:
-        return self.config
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -271,11 +253,12 @@ class TokensTask(_ImagesTask):
         }
 
     def start(self, device: torch.device, steps: int) -> nn.Module:
-        self._begin(device, steps)
+        tokens = VisualTokens(self.config)
+        self._begin(device, steps, tokens)
         self.predictor.to(device)
         if self.prompted is not None:
             self.prompted.to(device)
-        return Together(copy.deepcopy(self.predictor).train().requires_grad_(True), VisualTokens(self.config))
+        return Together(copy.deepcopy(self.predictor).train().requires_grad_(True), tokens)
 
     def parameters(self, module: nn.Module) -> list[tuple[list[nn.Parameter], float]]:
         assert isinstance(module, Together)
@@ -316,7 +299,7 @@ class TokensTask(_ImagesTask):
             for batch in batches:
                 comparison.add(batch)
             comparison.sums = add(comparison.sums)
-            figures |= self._measured(comparison, part, {"pruned": " without tokens", self.name: " with tokens"})
+            figures |= _figures(part, comparison, {"pruned": " without tokens", self.name: " with tokens"})
         return figures
 
     def _classes(self, tokens: VisualTokens) -> Tensor | None:
@@ -365,6 +348,17 @@ class TokensTask(_ImagesTask):
             classes.save(storage.join(folder, CLASSES_FILE), Classes(embeddings, record["classes"], names))
         predictor.save(folder, learnt, record)
         prompts.save(folder, tokens, record)
+
+
+def _figures(part: str, comparison: Comparison, suffix: Mapping[str, str]) -> dict[str, float]:
+    """Figures by name: top-1 and cosine of a comparison; `suffix` ends the names, by method."""
+    figures: dict[str, float] = {}
+    for row in comparison.rows():
+        whole = row.method == UNPRUNED
+        end = "unpruned" if whole else f"at keep {row.keep:g}{suffix[row.method]}"
+        names = {"top-1": row.top1, "cosine": None if whole else row.cosine}
+        figures |= {f"{part}/{name} {end}": value for name, value in names.items() if value is not None}
+    return figures
 
 
 def _lessons(batches: Iterator[PairBatch], accumulation: int, start: int) -> Iterator[Lesson]:
