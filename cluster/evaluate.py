@@ -23,7 +23,7 @@ from cluster.rank import Summary, about, model_settings, work_through
 from patchrank.data import pairs, shards
 from patchrank.data.images import MAX_PIXELS
 from patchrank.errors import UserError
-from patchrank.evaluation import figures, record
+from patchrank.evaluation import figures, neighbours, record
 from patchrank.evaluation.evaluate import EvaluationConfig
 from patchrank.evaluation.latency import Timing
 from patchrank.evaluation.record import Latency, Record
@@ -92,6 +92,9 @@ class EvaluationJob:
     limit: int | None = flag(None, "only the first N samples of each shard (those of --rankings, or all)", metavar="N")
     held_out: float = flag(1.0, "only images that such a training left out (all)", metavar="SHARE")
     max_pixels: int = flag(MAX_PIXELS, "reject larger images (%(default)s)", metavar="N")
+    neighbours: int = flag(
+        neighbours.IMAGES, "compare the nearest neighbours of so many images; 0: of none (%(default)s)", metavar="N"
+    )
     model: EvaluatedModel = group("images, model and output", EvaluatedModel)
     pruning: Pruning = group("ways of pruning", Pruning)
     classes: ClassSource = group("classes (those of the rankings)", ClassSource)
@@ -101,6 +104,7 @@ class EvaluationJob:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "limit", "max_pixels", "images_per_batch")
+        at_least(self, 0, "neighbours")
         if not 0 < self.held_out <= 1:
             raise UserError(f"--held-out {self.held_out}: must be above 0 and at most 1")
 
@@ -176,6 +180,7 @@ def run(job: EvaluationJob) -> EvaluationSummary:
                 limit=job.limit,
                 held_out=job.held_out,
                 match=job.pruning.match,
+                embeddings=-(-job.neighbours // len(uris)),  # of each shard as many
             ),
         )
         work_through(pool, "evaluate", folder, ray.put(plan), todo, summary, job.limit)
@@ -189,7 +194,12 @@ def run(job: EvaluationJob) -> EvaluationSummary:
     save_bundle = job.pruning.save_bundle
     if save_bundle and found.bundle is not None:
         own = [UNPRUNED, *(name for name, entry in METHODS.items() if Need.PREDICTOR in entry.needs)]
-        rows = [asdict(row) for row in summary.record.figures if row.method in own]
+        about: dict[tuple[str, float], dict[str, Any]] = {
+            (one.method, one.keep): {"neighbours": one.pruned_queries, "index": neighbours.sentence(one)}
+            for one in summary.record.neighbours
+        }
+        figured = [row for row in summary.record.figures if row.method in own]
+        rows = [asdict(row) | about.get((row.method, row.keep), {}) for row in figured]
         try:
             found.bundle.with_figures(rows).save_pretrained(save_bundle)
         except OSError as error:
@@ -283,6 +293,7 @@ def _sum_up(job: EvaluationJob, found: _Setting, uris: list[str], there: list[st
         latency=latency,
         retrieval=figures.retrieval(folder, there, encode) if model.has_text else [],
         compared_at=record.EQUAL_COST,
+        neighbours=neighbours.neighbours(folder, there, job.neighbours) if job.neighbours else [],
     )
 
 

@@ -68,6 +68,14 @@ def show(summary: EvaluationSummary, save_bundle: str | None, prog: str) -> None
             "   ".join(f"{100 * (by[k] or 0):5.1f}" for k in RECALLS) for by in (way.image_to_text, way.text_to_image)
         )
         print(f"{way.method:<{width}} {way.keep:>5g}  " + "      ".join(recalls))
+    if found.neighbours:
+        head = "queries alone   index alone   both   index by half   itself first, %"
+        print(f"\n{'neighbours, %':<{width}}  keep  of {found.neighbours[0].nearest} kept, pruned: {head}")
+    for near in found.neighbours:
+        shares = (near.pruned_queries, near.pruned_index, near.pruned, near.mixed)
+        kept = "".join(f"{100 * share:10.1f}" for share in shares)
+        firsts = f"{100 * near.first_by_pruned_queries:.1f}, {100 * near.first_in_pruned_index:.1f}"
+        print(f"{near.method:<{width}} {near.keep:>5g}{kept}   {firsts}")
     print(f"\n{found.images} images of {len(found.shards)} shards; timed on {found.device}")
     print(f"evaluation    {summary.folder}")
     for shard, reason in sorted(summary.failures.items()):

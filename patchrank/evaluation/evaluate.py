@@ -41,7 +41,8 @@ def schema(embed_dim: int) -> pa.Schema:
     `keep` is 1 for the unpruned model. `prediction`, `confidence` and `top5` (whether the label is among the five most
     likely classes) are null without class embeddings, `matching` (with the golden ranking) without rankings. `cosine`
     is to the embedding of the unpruned model. `kept` has the ids of the tokens that stay, where tokens were chosen;
-    `captions` and `embedding`, normalised, are there for images with captions alone.
+    `captions` are null where there are none; `embedding`, normalised, is there for images with captions and for the
+    first ones of a shard, whose nearest neighbours are compared.
     """
     return pa.schema(
         [
@@ -74,6 +75,7 @@ class EvaluationConfig:
         limit: only the first so many samples of a shard.
         held_out: only this share of the images, those that a training with the same share leaves out.
         match: the tokens that the matching rate looks at; as many as stay where None.
+        embeddings: of the first so many images of a shard are kept, whether they have captions or not.
     """
 
     keep_rates: Sequence[float]
@@ -83,6 +85,7 @@ class EvaluationConfig:
     limit: int | None = None
     held_out: float = 1.0
     match: int | None = None
+    embeddings: int = 0
 
 
 class ShardEvaluator:
@@ -118,6 +121,7 @@ class ShardEvaluator:
     def evaluate(self, shard: str, progress: Progress | None = None) -> ShardResult:
         """Prune the images of a shard in every way; `progress` is kept up to date meanwhile."""
         golden = self._golden(shard)
+        progress = progress or Progress()
 
         def wanted(samples: Iterator[Sample | Reject]) -> Iterator[Sample | Reject]:
             for sample in samples:
@@ -127,11 +131,11 @@ class ShardEvaluator:
                 yield sample if ranked else Reject(sample.key, "has no golden ranking")
 
         def rows(batch: Batch) -> tuple[pa.Table, Tensor]:
-            return self._batch(shard, batch, golden)
+            return self._batch(shard, batch, golden, progress.images)
 
-        nothing = self._rows(shard, [], [], [], [])
+        nothing = self._rows(shard, [], [], [], [], 0)
         job = ShardJob("evaluate", "a pruned image's embedding", self.tower, nothing, rows, wanted)
-        return job.run(shard, self.reading, progress or Progress())
+        return job.run(shard, self.reading, progress)
 
     def _golden(self, shard: str) -> dict[str, Tensor] | None:
         """Rankings, (N,) each, by key."""
@@ -140,13 +144,20 @@ class ShardEvaluator:
         table = self.corpus.tensors(["ranking"], shard)
         return dict(zip(table["key"], table["ranking"], strict=True))
 
-    def _batch(self, shard: str, batch: Batch, golden: Mapping[str, Tensor] | None) -> tuple[pa.Table, Tensor]:
-        """The rows of the images all of whose embeddings are finite, and which of the batch those are, (B,) bool."""
+    def _batch(
+        self, shard: str, batch: Batch, golden: Mapping[str, Tensor] | None, done: int
+    ) -> tuple[pa.Table, Tensor]:
+        """The rows of the images all of whose embeddings are finite, and which of the batch those are, (B,) bool.
+
+        `done` is how many images of the shard came before.
+        """
         ranking = None if golden is None else torch.stack([golden[key] for key in batch.keys])  # (B, N)
         labels = torch.tensor([-1 if label is None else label for label in batch.labels])  # (B,)
         found = list(self.pruner.prune(PairBatch(batch.keys, batch.pixels, labels, ranking, None)))
         finite = torch.stack([cell.embeddings.isfinite().all(dim=1) for cell in found]).all(dim=0).cpu()  # (B,)
-        rows = self._rows(shard, batch.keys, batch.labels, found, batch.captions, ranking)
+        rows = self._rows(
+            shard, batch.keys, batch.labels, found, batch.captions, self.config.embeddings - done, ranking
+        )
         return rows.filter(pa.array(finite.repeat(len(found)).numpy())), finite
 
     def _rows(
@@ -156,6 +167,7 @@ class ShardEvaluator:
         labels: Sequence[int | None],
         found: Sequence[Pruned],
         captions: Sequence[tuple[str, ...]],
+        embeddings: int,
         ranking: Tensor | None = None,
     ) -> pa.Table:
         """B rows a cell, cell by cell."""
@@ -177,7 +189,10 @@ class ShardEvaluator:
             columns["kept"] += [None] * size if cell.kept is None else list(cell.kept.cpu().numpy().astype(np.uint16))
             columns["captions"] += [list(texts) or None for texts in captions]
             vectors = F.normalize(cell.embeddings, dim=-1).float().cpu().numpy()
-            columns["embedding"] += [list(row) if texts else None for row, texts in zip(vectors, captions, strict=True)]
+            columns["embedding"] += [
+                vector if texts or row < embeddings else None
+                for row, (vector, texts) in enumerate(zip(vectors, captions, strict=True))
+            ]
         columns["shard"] = [shard] * len(columns["key"])
         return pa.Table.from_pydict(columns, schema=schema(self.tower.embed_dim))
 

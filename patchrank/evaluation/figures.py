@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.dataset as ds
 
 from patchrank.errors import UserError
+from patchrank.evaluation import tables
 from patchrank.evaluation.record import RECALLS, ClassFigure, Figure, Retrieval
+from patchrank.evaluation.tables import Tables
 from patchrank.pruning.methods import UNPRUNED
-from patchrank.store import storage
 
 _BLOCK = 4096  # rows of a similarity matrix that are there at a time
 
@@ -47,7 +45,7 @@ def figures(
     Raises:
         UserError: they hold no rows, or cannot be read.
     """
-    rows = _query(folder, names, _FIGURES)
+    rows = Tables(folder, names).query(_FIGURES)
     if not rows:
         raise UserError(f"{folder}: no image was evaluated; its rejects say why")
     place = {name: number for number, name in enumerate([UNPRUNED, *order])}
@@ -63,7 +61,7 @@ def by_class(folder: str, names: Sequence[str], class_names: Sequence[str] | Non
     known = class_names or []
     return [
         ClassFigure(**row, name=known[row["label"]] if 0 <= row["label"] < len(known) else str(row["label"]))
-        for row in _query(folder, names, _CLASSES)
+        for row in Tables(folder, names).query(_CLASSES)
     ]
 
 
@@ -78,30 +76,23 @@ def retrieval(folder: str, names: Sequence[str], encode: Callable[[list[str]], n
     Raises:
         UserError: the tables cannot be read.
     """
-    data = _dataset(folder, names)
-    captioned = ds.field("captions").is_valid()
-    whole = _rows(folder, data, ["shard", "key", "captions"], captioned & (ds.field("method") == UNPRUNED))
+    data = Tables(folder, names)
+    captioned = ds.field("captions").is_valid() & (ds.field("method") == UNPRUNED)
+    whole = data.rows(["shard", "key", "captions"], captioned)
     if not len(whole):
         return []
-    images = list(zip(whole["shard"].to_pylist(), whole["key"].to_pylist(), strict=True))
-    row_of = {image: row for row, image in enumerate(images)}
+    row_of = {image: row for row, image in enumerate(tables.images(whole))}
     captions = whole["captions"].to_pylist()
-    owner = np.repeat(np.arange(len(images)), [len(texts) for texts in captions])  # (M,)
+    owner = np.repeat(np.arange(len(row_of)), [len(texts) for texts in captions])  # (M,)
     texts = encode(list(itertools.chain.from_iterable(captions)))  # (M, E)
     result = []
-    cells = {(row["method"], row["keep"]) for row in _rows(folder, data, ["method", "keep"]).to_pylist()}
-    for method, keep in sorted(cells, key=lambda cell: (cell[0] != UNPRUNED, cell[0], -cell[1])):
-        mine = captioned & (ds.field("method") == method) & (ds.field("keep") == keep)
-        table = _rows(folder, data, ["shard", "key", "embedding"], mine)
-        vectors = np.zeros((len(images), texts.shape[1]), np.float32)  # (I, E)
-        rows = [row_of[image] for image in zip(table["shard"].to_pylist(), table["key"].to_pylist(), strict=True)]
-        flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        vectors[rows] = flat.reshape(len(rows), -1)
+    for method, keep in data.cells():
+        vectors = data.embeddings(method, keep, row_of)  # (I, E)
         result.append(
             Retrieval(
                 method=method,
                 keep=keep,
-                images=len(images),
+                images=len(row_of),
                 captions=len(owner),
                 image_to_text=_recall(vectors, texts, lambda image, text: owner[text] == image[:, None]),
                 text_to_image=_recall(texts, vectors, lambda text, image: owner[text][:, None] == image),
@@ -126,33 +117,3 @@ def _recall(
         for k in found:
             found[k] += int(right[:, :k].any(axis=1).sum())
     return {str(k): count / len(queries) for k, count in found.items()}
-
-
-def _query(folder: str, names: Sequence[str], sql: str) -> list[dict[str, Any]]:
-    import duckdb
-
-    with duckdb.connect() as connection, _reading(folder):
-        connection.register("evaluation", _dataset(folder, names))
-        return connection.sql(sql).to_arrow_table().to_pylist()
-
-
-def _dataset(folder: str, names: Sequence[str]) -> ds.Dataset:
-    resolved = [storage.resolve(storage.join(folder, name)) for name in names]
-    with _reading(folder):
-        return ds.dataset([path for _, path in resolved], filesystem=resolved[0][0], format="parquet")
-
-
-def _rows(folder: str, data: ds.Dataset, columns: list[str], which: ds.Expression | None = None) -> pa.Table:
-    with _reading(folder):
-        return data.to_table(columns, filter=which)
-
-
-@contextlib.contextmanager
-def _reading(folder: str) -> Iterator[None]:
-    """Damaged tables, which may be noticed as late as their rows are read, become a UserError."""
-    import duckdb
-
-    try:
-        yield
-    except (duckdb.Error, pa.ArrowException, OSError) as error:
-        raise UserError(f"{folder}: cannot be read ({storage.one_line(error)}); evaluate again") from None

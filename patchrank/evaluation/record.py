@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from types import NoneType
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
@@ -77,6 +77,33 @@ class Retrieval:
 
 
 @dataclass(frozen=True)
+class Neighbours:
+    """How many of an image's nearest neighbours, as unpruned embeddings have them, stay its nearest ones.
+
+    Attributes:
+        images: in the index; each of them asks for its `nearest` nearest others.
+        pruned_queries: the share that stays where queries alone are pruned.
+        pruned_index: where the index alone is.
+        pruned: where both are.
+        mixed: where every other image of the index is, by queries of either kind.
+        first_by_pruned_queries: recall at 1: the share of pruned queries whose own image is the nearest of an unpruned
+            index.
+        first_in_pruned_index: the share of unpruned queries whose own image is the nearest of a pruned index.
+    """
+
+    method: str
+    keep: float
+    images: int
+    nearest: int
+    pruned_queries: float
+    pruned_index: float
+    pruned: float
+    mixed: float
+    first_by_pruned_queries: float
+    first_in_pruned_index: float
+
+
+@dataclass(frozen=True)
 class Model:
     """What was evaluated. `grid`: rows and columns of patches; `preprocess`: fields of open_clip's PreprocessCfg."""
 
@@ -123,6 +150,7 @@ class Record:
     latency: list[Latency]
     retrieval: list[Retrieval]
     compared_at: str | None = None
+    neighbours: list[Neighbours] = field(default_factory=list)  # none in an evaluation of before 0.2
 
     def __post_init__(self) -> None:
         if not self.figures:
@@ -162,7 +190,11 @@ def _checked(kind: Any, value: Any) -> Any:
     """A JSON value as what an annotation says. Raises ValueError, TypeError or LookupError where it is none."""
     if is_dataclass(kind):
         hints = get_type_hints(kind)
-        names = [each.name for each in fields(kind) if each.name in value or each.default is MISSING]
+        names = [
+            each.name
+            for each in fields(kind)
+            if each.name in value or (each.default is MISSING and each.default_factory is MISSING)
+        ]
         return kind(**{name: _checked(hints[name], value[name]) for name in names})  # type: ignore[operator]
     origin, inner = get_origin(kind) or kind, get_args(kind)
     if NoneType in inner:  # Python's JSON knows NaN, the mean of nothing

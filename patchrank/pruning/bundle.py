@@ -85,7 +85,8 @@ class Bundle(
         search: fingerprint of the search whose rankings the predictor learnt.
         class_names: where learnable text tokens made class embeddings of their own, the names of the K classes.
         embed_dim: E of those.
-        figures: of an evaluation: dicts with the fields of `patchrank.evaluation.record.Figure`.
+        figures: of an evaluation: dicts with the fields of `patchrank.evaluation.record.Figure`, and, where they are
+            known, "neighbours", the share of nearest neighbours that pruned queries find, and "index", a sentence.
         format: of the bundle's files.
 
     Attributes:
@@ -233,6 +234,8 @@ class Bundle(
             where = "at the input" if self.tokens.config.place == "input" else f"before block {model['cut']}"
             tokens = f"{self.tokens.config.count}, {where}"
         tag = model["pretrained"]
+        # That with learnable tokens comes last.
+        index = [row["index"] for row in self.figures if row.get("index") and row["keep"] == self.keep][-1:]
         values = {
             "title": f"{model['name']}, pruned",
             "model": model["name"],
@@ -246,7 +249,7 @@ class Bundle(
             "keep": f"{self.keep:g}",
             "search": self.search or "unknown",
             "source": "path/to/this/folder",
-            "figures": _table(self.figures),
+            "figures": "\n\n".join([_table(self.figures), *index]),
         }
         return super().generate_model_card(*args, **values | kwargs)
 
@@ -278,11 +281,14 @@ def _table(figures: Sequence[Mapping[str, Any]]) -> str:
     if not figures:
         return "No evaluation figures were kept."
     lines = [
-        "| method | keep rate | images | top-1, % | cosine | multiply-adds, G |",
-        "|---|---|---|---|---|---|",
+        "| method | keep rate | images | top-1, % | cosine | neighbours kept, % | multiply-adds, G |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in figures:
         top1 = "" if row.get("top1") is None else f"{100 * row['top1']:.1f}"
         cost = "" if row.get("multiply_adds") is None else f"{row['multiply_adds'] / 1e9:.2f}"
-        lines.append(f"| {row['method']} | {row['keep']:g} | {row['images']} | {top1} | {row['cosine']:.4f} | {cost} |")
+        near = row.get("neighbours")
+        kept = "" if near is None else f"{100 * near:.1f}"
+        cells = (row["method"], f"{row['keep']:g}", row["images"], top1, f"{row['cosine']:.4f}", kept, cost)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

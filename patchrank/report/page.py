@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 
+from patchrank.evaluation.neighbours import sentence
 from patchrank.pruning.methods import GOLDEN, UNPRUNED
 from patchrank.report import tables
 from patchrank.report.charts import Chart
@@ -42,6 +43,7 @@ def render(
         charts=charts,
         labelled=evaluation.unpruned.labelled if evaluation.unpruned else 0,
         tables=tables,
+        shared=next((sentence(one) for one in evaluation.neighbours if (one.method, one.keep) == (leading, keep)), ""),
         classes=tables.classes(evaluation, keep, leading),
         gallery=gallery,
         shown=shown.values(),

@@ -141,6 +141,24 @@ def retrieval(evaluation: Evaluation) -> Table:
     return Table("Retrieval, recall in percent", head, rows, marked=starts)
 
 
+def neighbours(evaluation: Evaluation) -> Table:
+    """How many of the nearest neighbours stay, in indexes of pruned embeddings and of others."""
+    order = in_order({one.method for one in evaluation.neighbours})
+    lines = sorted(evaluation.neighbours, key=lambda one: (-one.keep, order.index(one.method)))
+    rows = []
+    for one in lines:
+        shares = (one.pruned_queries, one.pruned_index, one.pruned, one.mixed)
+        firsts = (one.first_by_pruned_queries, one.first_in_pruned_index)
+        cells = (percent(share, one.images) for share in (*shares, *firsts))
+        rows.append([method_name(one.method), f"{one.keep:g}", *cells])
+    pruned = ("queries", "the index", "both", "half the index")
+    head = ["Pruned:", "Keep rate", *pruned, "queries, recall at 1", "the index, recall at 1"]
+    starts = [index for index, one in enumerate(lines) if index and not same(one.keep, lines[index - 1].keep)]
+    first = evaluation.neighbours[0]
+    caption = f"Share of the {first.nearest} nearest neighbours among {first.images:,} images that stay, in percent"
+    return Table(caption, head, rows, marked=starts)
+
+
 def classes(evaluation: Evaluation, keep: float, leading: str) -> list[Table]:
     """Top-1 accuracy by class at a keep rate, the classes first that lose most by the leading method.
 

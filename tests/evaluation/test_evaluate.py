@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import webdataset as wds
-from made_up_evaluation import SCHEMA
 from PIL import Image
 from small_model import save_model
 
@@ -26,7 +25,7 @@ from patchrank.data.held_out import is_held_out
 from patchrank.data.images import decode
 from patchrank.data.shard_job import Reading
 from patchrank.errors import UserError
-from patchrank.evaluation import figures
+from patchrank.evaluation import neighbours
 from patchrank.evaluation.evaluate import EvaluationConfig, ShardEvaluator
 from patchrank.evaluation.latency import Timing
 from patchrank.model import loading
@@ -255,6 +254,10 @@ def test_times_and_the_bundle(data, done):
         assert row["predicted"] == full / costs[row["method"], 0.5]
     bundle = Bundle.open(str(Path(done.folder).parent / "bundle"))
     assert {row["method"] for row in bundle.figures} == {"unpruned", "predictor", "predictor-tokens"}
+    near = {(one.method, one.keep): one for one in done.record.neighbours}
+    assert bundle.figures[1]["neighbours"] == near["predictor", 0.75].pruned_queries
+    bundle.keep = 0.5
+    assert neighbours.sentence(near["predictor-tokens", 0.5]) in str(bundle.generate_model_card())
 
 
 def test_an_evaluation_goes_on_where_it_was_and_another_is_kept_out(data, address, done, tmp_path):
@@ -389,12 +392,3 @@ def test_bad_input_is_one_line_and_writes_nothing(data, address, tmp_path):
             evaluate_job.main([*flags, "--address", address, "--out", str(tmp_path / "out")])
         assert "\n" not in str(error.value)
         assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("names", [["bad.parquet"], ["good.parquet", "bad.parquet"]])
-def test_a_damaged_table_is_named(tmp_path, names):
-    pq.write_table(SCHEMA.empty_table(), tmp_path / "good.parquet")
-    (tmp_path / "bad.parquet").write_bytes(b"not Parquet")
-    for read, *rest in ((figures.figures, [], None), (figures.by_class, None), (figures.retrieval, None)):
-        with pytest.raises(UserError, match=r"cannot be read \(.*\); evaluate again"):
-            read(str(tmp_path), names, *rest)

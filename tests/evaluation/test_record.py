@@ -8,7 +8,17 @@ from dataclasses import replace
 import pytest
 
 from patchrank.errors import UserError
-from patchrank.evaluation.record import EQUAL_COST, FILE, ClassFigure, Figure, Latency, Model, Record, Retrieval
+from patchrank.evaluation.record import (
+    EQUAL_COST,
+    FILE,
+    ClassFigure,
+    Figure,
+    Latency,
+    Model,
+    Neighbours,
+    Record,
+    Retrieval,
+)
 
 RECALL = {"1": 0.5, "5": 0.75, "10": None}
 RECORD = Record(
@@ -23,6 +33,7 @@ RECORD = Record(
     latency=[Latency("golden", 0.5, 8, 0.1, 0.2, 2.0, 3, 1.9)],
     retrieval=[Retrieval("unpruned", 1.0, 4, 20, RECALL, RECALL)],
     compared_at=EQUAL_COST,
+    neighbours=[Neighbours("golden", 0.5, 4, 3, 0.9, 0.8, 0.7, 0.75, 1.0, 0.9)],
 )
 KEYS = {
     "figures": "method keep images labelled top1 top5 cosine matching multiply_adds counted",
@@ -43,17 +54,27 @@ def test_what_is_written_is_read_again(tmp_path):
 def test_the_order_of_the_keys_is_that_of_older_evaluations(tmp_path):
     RECORD.write(str(tmp_path))
     content = json.loads((tmp_path / FILE).read_text())
-    assert list(content) == ["model", "class_names", "shards", "rankings", "device", "images", *KEYS, "compared_at"]
+    assert list(content) == [
+        "model",
+        "class_names",
+        "shards",
+        "rankings",
+        "device",
+        "images",
+        *KEYS,
+        "compared_at",
+        "neighbours",
+    ]
     assert list(content["model"]) == ["name", "pretrained", "weights", "cut", "grid", "dtype", "preprocess"]
     assert {name: list(content[name][0]) for name in KEYS} == {name: keys.split() for name, keys in KEYS.items()}
 
 
-def test_an_evaluation_of_before_does_not_tell_that_it_was_at_equal_cost(tmp_path):
+def test_an_evaluation_of_before_was_not_at_equal_cost_and_has_no_neighbours(tmp_path):
     RECORD.write(str(tmp_path))
     content = json.loads((tmp_path / FILE).read_text())
-    del content["compared_at"]
+    del content["compared_at"], content["neighbours"]
     (tmp_path / FILE).write_text(json.dumps(content))
-    assert Record.read(str(tmp_path)) == replace(RECORD, compared_at=None)
+    assert Record.read(str(tmp_path)) == replace(RECORD, compared_at=None, neighbours=[])
 
 
 def test_the_mean_of_nothing_is_none(tmp_path):

@@ -39,7 +39,7 @@ DEFAULTS = {
         **MODEL, **CLASSES, **ACTORS, "rankings": None, "shards": [], "out": "evaluation", "limit": None,
         "held_out": 1.0, "max_pixels": 89478485, "predictor": None, "tokens": None, "bundle": None, "methods": None,
         "keep_rates": RATES, "match": None, "save_bundle": None, "batch_sizes": [1, 8, 64],
-        "timed_keep_rates": [0.6, 0.5], "timed_seconds": 5.0,
+        "timed_keep_rates": [0.6, 0.5], "timed_seconds": 5.0, "neighbours": 5000,
     },
     train_predictor: {
         **IMAGES, **TRAINING, "loss": "bce", "target": None, "width": SCALED, "expansion": 2.0, "mixing": 64,

@@ -105,8 +105,8 @@ def test_the_model_card_tells_how_to_use_it_and_how_good_it_is(trained, tmp_path
     assert str(folder) not in card.text + (tmp_path / "config.json").read_text()  # it goes elsewhere
     assert "patchrank.prune(model" in card.text and "| 3, before block 1 |" in card.text
     assert (
-        "| predictor | 0.5 | 7 |  | 0.9877 |  |" in card.text
-        and "| unpruned | 1 | 7 | 90.0 | 1.0000 | 2.00 |" in card.text
+        "| predictor | 0.5 | 7 |  | 0.9877 |  |  |" in card.text
+        and "| unpruned | 1 | 7 | 90.0 | 1.0000 |  | 2.00 |" in card.text
     )
     bundle.save_pretrained(tmp_path)  # other figures, so another card
     assert "No evaluation figures" in (tmp_path / "README.md").read_text()
