@@ -32,6 +32,7 @@ class Beside:
     predictor: str = flag(
         "predictor", "what jobs/train_predictor.py left (%(default)s)", group="tokens", metavar="FOLDER"
     )
+    shifts: bool = flag(True, "learn no shifts: vectors added to tokens before every block after the cut, at no cost")
     text: bool = flag(False, "learn text tokens, too, with the visual ones as their linear map")
 
 
@@ -53,7 +54,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "jobs/train_tokens.py") 
             raise UserError(f"--text: {args.rankings} does not know the names of its classes; search with --classes")
         prompted = PromptedText(model, names, args.tokens)
     text_width = None if prompted is None else prompted.width
-    shape = flags.read(TokensConfig, args, width=images.tower.width, text_width=text_width)
+    shifted = images.tower.adapter.depth - images.tower.cut if args.shifts else 0
+    shape = flags.read(TokensConfig, args, width=images.tower.width, text_width=text_width, shifted=shifted)
     task = flags.read(TokensTask, args, images=images, config=shape, predictor=found, prompted=prompted)
     if training.estimated(task, config, args):
         return 0

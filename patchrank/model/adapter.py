@@ -7,6 +7,7 @@ that are there. Learnable tokens may stand before or behind the patches: attenti
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,9 @@ def class_token_alone(prefix_tokens: int, what: str) -> None:
     """Raises UserError, which says what takes no other towers, where not one token stands before the patches."""
     if prefix_tokens != 1:
         raise UserError(f"{what} image towers with a class token and nothing else before the patches")
+
+
+Before = Callable[[Tensor, int], Tensor]  # (C, n, D) and the number of the block that comes next -> (C, n, D)
 
 
 class Adapter(ABC):
@@ -135,6 +139,7 @@ class Adapter(ABC):
         stop: int | None = None,
         gates: Tensor | None = None,
         recompute: bool = False,
+        before: Before | None = None,
     ) -> Tensor:
         """Blocks `start` to `stop` - 1; to the last one where `stop` is None.
 
@@ -144,11 +149,13 @@ class Adapter(ABC):
                 a_j g_j / sum_k a_k g_k. A token with gate 0 is not there for the others. Gates are multiplied, as the
                 logarithm of 0 has no gradient. Prefix tokens have gate 1; so has every token where None.
             recompute: whether a block that a gradient flows through keeps its input alone, and is run again backwards.
+            before: what is done to the tokens before every block; nothing where None.
 
         Returns:
             (C, n, D). Of the last block only the tokens that `readout` reads.
         """
         for number in range(start, self.depth if stop is None else stop):
+            x = x if before is None else before(x, number)
             if recompute and torch.is_grad_enabled():
                 x = checkpoint(self._block, x, number, gates, use_reentrant=False)
             else:

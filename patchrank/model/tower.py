@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchrank.errors import UserError
-from patchrank.model.adapter import Adapter
+from patchrank.model.adapter import Adapter, Before
 from patchrank.model.kinds import adapt
 
 
@@ -119,7 +119,12 @@ class Tower(nn.Module):
         return self.adapter.run(x, stop=self.cut)
 
     def suffix(
-        self, tokens: Tensor, kept: Tensor | None = None, image: Tensor | None = None, gates: Tensor | None = None
+        self,
+        tokens: Tensor,
+        kept: Tensor | None = None,
+        image: Tensor | None = None,
+        gates: Tensor | None = None,
+        before: Before | None = None,
     ) -> Tensor:
         """Embeddings of images of which only some tokens go past the cut.
 
@@ -129,6 +134,7 @@ class Tower(nn.Module):
             image: (C,) int64, the row of `tokens` that each row of `kept` belongs to; row c where None (then C = B).
             gates: (C, n) float, how much there is of each patch that goes on, as `Adapter.run` has it; a gradient flows
                 to them. All of it where None.
+            before: as of `Adapter.run`.
 
         Returns:
             (C, E) float32 (float64 for a float64 tower), not normalised, as `encode_image` gives them.
@@ -145,7 +151,7 @@ class Tower(nn.Module):
             x = tokens[rows[:, None], positions]  # (C, p + n + b, D)
         if gates is not None:
             gates = F.pad(gates, (p, tokens.shape[1] - length), value=1.0)  # (C, p + n + b)
-        return adapter.readout(adapter.run(x, self.cut, gates=gates, recompute=self.recompute))  # (C, E)
+        return adapter.readout(adapter.run(x, self.cut, None, gates, self.recompute, before))  # (C, E)
 
     def prefix_multiply_adds(self) -> int:
         """Exact multiply-adds of `prefix` for an image; norms and activations not counted."""

@@ -162,7 +162,7 @@ class Bundle(
                 "blocks": tower.adapter.depth,
             },
             predictor_config=asdict(learnt.config),
-            tokens_config=asdict(tokens.config) if tokens is not None and tokens.config.count else None,
+            tokens_config=None if tokens is None or tokens.config.nothing else asdict(tokens.config),
             keep=record["keep"],
             search=record.get("search"),
             class_names=names,
@@ -232,7 +232,7 @@ class Bundle(
         tokens = "none"
         if self.tokens is not None:
             where = "at the input" if self.tokens.config.place == "input" else f"before block {model['cut']}"
-            tokens = f"{self.tokens.config.count}, {where}"
+            tokens = f"{self.tokens.config.count}, {where}" + (", and shifts" if self.tokens.config.shifted else "")
         tag = model["pretrained"]
         # That with learnable tokens comes last.
         index = [row["index"] for row in self.figures if row.get("index") and row["keep"] == self.keep][-1:]

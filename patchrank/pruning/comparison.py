@@ -71,7 +71,7 @@ class Pruner:
     @torch.no_grad()
     def prune(self, batch: PairBatch) -> Iterator[Pruned]:
         """A batch pruned in every way, the unpruned one first; what is before the cut runs once for all of them."""
-        tower = self.tower
+        tower, adapter = self.tower, self.tower.adapter
         full, count, attention = before_cut(tower, batch.pixels)  # (B, p + N, D)
         whole = tower.suffix(full)  # (B, E)
         yield Pruned(UNPRUNED, 1.0, whole)
@@ -90,7 +90,11 @@ class Pruner:
             for keep in self.keep_rates:
                 stay = self._patches[name, keep]
                 kept = select(usefulness, stay)
-                embeddings = tower.suffix(full if stay == tower.num_tokens else tokens, kept)
+                if stay == tower.num_tokens or method.tokens is None:
+                    embeddings = tower.suffix(full, kept)
+                else:
+                    before = method.tokens.before(adapter, tower.cut, stay + method.tokens.config.count)
+                    embeddings = tower.suffix(tokens, kept, before=before)
                 yield Pruned(name, keep, embeddings, usefulness, kept)
 
 

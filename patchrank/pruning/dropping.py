@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from patchrank.model.adapter import Adapter
+from patchrank.model.adapter import Adapter, Before
 from patchrank.pruning.methods import Method
 from patchrank.pruning.prompts import VisualTokens
 from patchrank.pruning.schedule import Schedule, multiply_adds
@@ -67,8 +67,14 @@ class PrunedTower(StandIn):
             if self.tokens is not None and self.tokens.config.place == "cut" and number == self.cut:
                 x, first = self._join(adapter, x)
             before = x
-            x = adapter.run(x, number, number + 1)
+            x = adapter.run(x, number, number + 1, before=self._shifting(adapter, x.shape[1], number))
         return adapter.readout(x)
+
+    def _shifting(self, adapter: Adapter, length: int, number: int) -> Before | None:
+        """What learnable shifts do before a block to so many tokens."""
+        if self.tokens is None or number < self.cut:
+            return None
+        return self.tokens.before(adapter, self.cut, length - adapter.prefix_tokens, behind=False)
 
     def _join(self, adapter: Adapter, x: Tensor) -> tuple[Tensor, int]:
         """Learnable tokens put behind the prefix tokens, (B, p + n, D) -> (B, p + b + n, D); the first patch's place.

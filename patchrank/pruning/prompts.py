@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from patchrank.errors import UserError
 from patchrank.flags import at_least, flag
 from patchrank.model import artifacts
+from patchrank.model.adapter import Adapter, Before
 from patchrank.model.loading import Model
 from patchrank.model.tower import Tower
 
@@ -45,19 +46,30 @@ class TokensConfig:
     # Before block L ("cut") or before the first ("input").
     place: str = flag("cut", f"where they join the patches: {' or '.join(PLACES)} (%(default)s)")
     text_width: int | None = None  # d_t of the text tower; the visual tokens are then a linear map of text tokens
+    shifted: int = 0  # blocks from the cut on before which all tokens are shifted
 
     def __post_init__(self) -> None:
         if self.place not in PLACES:
             raise UserError(f"--place {self.place}: must be one of {', '.join(PLACES)}")
         at_least(self, 0, "count")
 
+    @property
+    def nothing(self) -> bool:
+        """Whether there is nothing to learn."""
+        return not self.count and not self.shifted
+
 
 class VisualTokens(nn.Module):
-    """b learnable tokens that go through the tower beside the patches and are never pruned.
+    """b learnable tokens that go through the tower beside the patches and are never pruned, and learnable shifts.
+
+    Shifts are vectors that are added to tokens before every block from the cut on, times the share of tokens that have
+    left, so that an image of which nothing leaves stays as it is. They take no multiply-adds. Learnable tokens are so
+    renewed from block to block, as in deep prompt tuning (arXiv 2203.12119).
 
     Attributes:
         visual: (b, D), where they are free.
         text, coupling: (b, d_t) and the map M, where they are coupled to text tokens; `visual` is then None.
+        shifts: (blocks, 2 + b, D): of the prefix tokens, of the patches, and of each learnable token; None without.
     """
 
     def __init__(self, config: TokensConfig) -> None:
@@ -70,6 +82,8 @@ class VisualTokens(nn.Module):
         else:
             self.text = nn.Parameter(torch.randn(config.count, config.text_width) * 0.02)  # as CoOp does
             self.coupling = nn.Linear(config.text_width, config.width, bias=False)
+        shifts = torch.zeros(config.shifted, 2 + config.count, config.width)
+        self.shifts = nn.Parameter(shifts) if config.shifted else None
 
     def extra(self) -> Tensor:
         """The visual tokens, (b, D)."""
@@ -96,6 +110,28 @@ class VisualTokens(nn.Module):
         """Tokens before the cut with these behind them, for the place "cut": (B, p + N, D) -> (B, p + N + b, D)."""
         return torch.cat([tokens, self.extra().to(tokens.dtype).expand(len(tokens), -1, -1)], dim=1)
 
+    def before(self, adapter: Adapter, cut: int, total: int, *, behind: bool = True) -> Before | None:
+        """What is done before every block from the cut on, as of `Adapter.run`; None without shifts.
+
+        Args:
+            total: patches and learnable tokens that are left, which a gate of 0 leaves out.
+            behind: whether learnable tokens stand behind the patches, or between them and the prefix tokens.
+        """
+        if self.shifts is None:
+            return None
+        shifts, b, p = self.shifts, self.config.count, adapter.prefix_tokens
+        left = max(0.0, 1 - total / adapter.num_tokens)
+
+        def shifted(x: Tensor, number: int) -> Tensor:
+            """(C, p + n + b, D) likewise."""
+            if not 0 <= number - cut < len(shifts):
+                return x
+            rows = left * shifts[number - cut]  # (2 + b, D)
+            prefix, patches, own = rows[:1].expand(p, -1), rows[1:2].expand(x.shape[1] - p - b, -1), rows[2:]
+            return x + torch.cat([prefix, patches, own] if behind else [prefix, own, patches]).to(x.dtype)
+
+        return shifted
+
     def embeddings(self, tower: Tower, images: Tensor, choose: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Embeddings of pruned images.
 
@@ -113,7 +149,9 @@ class VisualTokens(nn.Module):
         if choose is not None:
             with torch.no_grad():
                 kept = choose(tokens)
-        return tower.suffix(tokens, kept)
+        patches = tower.num_tokens if kept is None else kept.shape[1]
+        before = self.before(tower.adapter, tower.cut, patches + self.config.count)
+        return tower.suffix(tokens, kept, before=before)
 
 
 class PromptedText(nn.Module):

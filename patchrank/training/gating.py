@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchrank.model.adapter import Before
 from patchrank.model.tower import Tower
 
 TEMPERATURE = 0.5  # in standard deviations of the usefulness
@@ -79,7 +80,14 @@ def lacking(embeddings: Tensor, wanted: Tensor, keep: float) -> Tensor:
     return (1 - F.cosine_similarity(embeddings.float(), wanted.float(), dim=1)) * weight(keep)
 
 
-def embeddings(tower: Tower, tokens: Tensor, usefulness: Tensor, patches: int, noise: Tensor | float = 0.0) -> Tensor:
+def embeddings(
+    tower: Tower,
+    tokens: Tensor,
+    usefulness: Tensor,
+    patches: int,
+    noise: Tensor | float = 0.0,
+    before: Before | None = None,
+) -> Tensor:
     """Embeddings of images of which the most useful patches stay, with a gradient to the usefulness of all near them.
 
     Args:
@@ -88,9 +96,10 @@ def embeddings(tower: Tower, tokens: Tensor, usefulness: Tensor, patches: int, n
         usefulness: (B, N), high = keep.
         patches: m, how many stay.
         noise: (B, N), added to the standardized usefulness.
+        before: as of `Adapter.run`.
 
     Returns:
         (B, E), not normalised.
     """
     ids, there = gates(standardized(usefulness) + noise, patches)  # (B, n) each
-    return tower.suffix(tokens, ids, gates=there)
+    return tower.suffix(tokens, ids, gates=there, before=before)

@@ -80,14 +80,28 @@ class _ImagesTask:
         return at_keep_rate(tower.adapter, Method(None, tokens), tower.cut, keep, name).get(tower.cut, tower.num_tokens)
 
     def _lacking(
-        self, lesson: Lesson, tokens: Tensor, usefulness: Tensor, wanted: Tensor, first: int = 0
+        self,
+        lesson: Lesson,
+        tokens: Tensor,
+        usefulness: Tensor,
+        wanted: Tensor,
+        first: int = 0,
+        learnable: VisualTokens | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What the pruned embeddings of a lesson lack, a scalar, and these, (B, E); `first` is the first such step."""
-        seed, step = self.images.seed, lesson.step
+        """What the pruned embeddings of a lesson lack, a scalar, and these, (B, E).
+
+        Args:
+            first: the first such step.
+            learnable: whose tokens are among `tokens`.
+        """
+        tower, seed, step = self.images.tower, self.images.seed, lesson.step
         keep = gating.draw_keep(seed, step, self.keep_rates)
         noise = gating.draw_noise(seed, step, lesson.images.keys, usefulness.shape[1]).to(usefulness.device)
         fading = gating.NOISE * (1 - (step - first) / max(1, self.steps - first))
-        found = gating.embeddings(self.images.tower, tokens, usefulness, self.patches[keep], fading * noise)  # (B, E)
+        patches, before = self.patches[keep], None
+        if learnable is not None:
+            before = learnable.before(tower.adapter, tower.cut, patches + learnable.config.count)
+        found = gating.embeddings(tower, tokens, usefulness, patches, fading * noise, before)  # (B, E)
         return gating.lacking(found, wanted, keep).mean(), found
 
 
@@ -226,6 +240,7 @@ class TokensTask(_ImagesTask):
     keep: float = flag(0.6, "keep rate that the bundle is for (%(default)s)", group="tokens")
     label_weight: float = flag(0.1, "of the cross-entropy over the classes, where there are labels (%(default)g)")
     predictor_rate: float = flag(0.2, "the predictor's learning rate as a share of the tokens' (%(default)g)")
+    shift_rate: float = flag(0.1, "the shifts' learning rate, likewise (%(default)g)")
     prompted: PromptedText | None = None  # where there are learnable text tokens
     name: str = "tokens"
 
@@ -247,6 +262,7 @@ class TokensTask(_ImagesTask):
             "tokens": asdict(self.config),
             "predictor": loading.digest(self.predictor.state_dict()),
             "predictor_rate": self.predictor_rate,
+            "shift_rate": self.shift_rate,
             "label_weight": self.label_weight,
             "keep": self.keep,
             "keep_rates": list(self.keep_rates),
@@ -262,8 +278,14 @@ class TokensTask(_ImagesTask):
 
     def parameters(self, module: nn.Module) -> list[tuple[list[nn.Parameter], float]]:
         assert isinstance(module, Together)
-        learnable = [(list(module.tokens.parameters()), 1.0)] if self.config.count else []
-        return [*learnable, (list(module.predictor.parameters()), self.predictor_rate)]
+        shifts = [parameter for name, parameter in module.tokens.named_parameters() if name == "shifts"]
+        tokens = [parameter for name, parameter in module.tokens.named_parameters() if name != "shifts"]
+        groups = [
+            (tokens if self.config.count else [], 1.0),
+            (shifts, self.shift_rate),
+            (list(module.predictor.parameters()), self.predictor_rate),
+        ]
+        return [group for group in groups if group[0]]
 
     def batches(self, rank: int, world: int, size: int, accumulation: int, start: int) -> Iterator[Lesson]:
         yield from _lessons(self.images.everything.batches(rank, world, size, accumulation, start), accumulation, start)
@@ -277,7 +299,7 @@ class TokensTask(_ImagesTask):
             tokens = module.tokens.prefix(tower, images.pixels)  # (B, p + N + b, D)
         else:
             tokens = module.tokens.append(tokens)
-        loss, found = self._lacking(batch, tokens, usefulness, wanted)
+        loss, found = self._lacking(batch, tokens, usefulness, wanted, learnable=module.tokens)
         labels = images.labels.to(found.device)
         if self.images.classes is None or not self.label_weight or not (labels >= 0).any():
             return loss

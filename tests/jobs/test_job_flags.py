@@ -47,7 +47,8 @@ DEFAULTS = {
     },
     train_tokens: {
         **IMAGES, **TRAINING, "predictor": "predictor", "keep": 0.6, "tokens": 4, "place": "cut", "text": False,
-        "label_weight": 0.1, "predictor_rate": 0.2, "out": "tokens", "epochs": 5, "learning_rate": 0.01,
+        "label_weight": 0.1, "predictor_rate": 0.2, "shift_rate": 0.1, "shifts": True,
+        "out": "tokens", "epochs": 5, "learning_rate": 0.01,
     },
 }  # fmt: skip
 JOBS = {job.__name__.removeprefix("jobs."): job for job in (*DEFAULTS, make_shards, query, report, status)}

@@ -14,7 +14,9 @@ from patchrank.model import loading
 from patchrank.model.loading import Model
 from patchrank.model.tower import Tower
 from patchrank.pruning import prompts
+from patchrank.pruning.dropping import PrunedTower
 from patchrank.pruning.prompts import PromptedText, TokensConfig, VisualTokens
+from patchrank.pruning.selector import Selector
 
 VISION = CLIPVisionCfg(layers=2, width=32, head_width=8, patch_size=4, image_size=16)
 
@@ -29,7 +31,7 @@ def make(**config):
     return tokens
 
 
-def open_clip_embeddings(model, images, cut, extra, place, kept):
+def open_clip_embeddings(model, images, cut, extra, place, kept, shifts=None):
     """The same through open_clip's own blocks, image by image."""
     result = []
     for image, ids in zip(images, kept, strict=True):
@@ -40,6 +42,11 @@ def open_clip_embeddings(model, images, cut, extra, place, kept):
             if number == cut:
                 learned = x[:, 21:] if place == "input" else extra[None]
                 x = torch.cat([x[:, :1], x[:, 1:21][:, ids], learned], dim=1)
+            if shifts is not None and number >= cut:
+                left = (20 - len(ids) - 3) / 20  # of 20 patches; 3 learnable tokens take places of others
+                x[:, 0] += left * shifts[number - cut, 0]
+                x[:, 1 : 1 + len(ids)] += left * shifts[number - cut, 1]
+                x[:, 1 + len(ids) :] += left * shifts[number - cut, 2:]
             x = block(x)
         result.append(model.visual._pool(x)[0][0] @ model.visual.proj)
     return torch.stack(result)
@@ -65,6 +72,34 @@ def test_tokens_join_the_patches_at_their_place_and_are_never_pruned(small_clip,
             atol=1e-4,
             rtol=1e-4,
         )
+
+
+@pytest.mark.parametrize("place", prompts.PLACES)
+def test_shifts_are_added_before_every_block_in_proportion_to_what_has_left(small_clip, place):
+    model = small_clip()
+    images, cut = torch.randn(2, 3, 16, 20), 2
+    kept = torch.tensor([[0, 3, 7, 19], [1, 2, 5, 6]])
+    tokens = make(place=place, shifted=len(model.visual.transformer.resblocks) - cut)
+    shifts = tokens.shifts.detach()
+    expected = open_clip_embeddings(model, images, cut, tokens.extra(), place, kept, shifts)
+    tower = Tower(model.visual, cut)
+    found = tokens.embeddings(tower, images, lambda _: kept)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    without = open_clip_embeddings(model, images, cut, tokens.extra(), place, kept)
+    assert not torch.allclose(found, without, atol=1e-2)
+
+    class Known(Selector):
+        def forward(self, x, count, attention, batch=None):
+            return torch.zeros(2, 20).scatter(1, kept, 1.0)
+
+    pruned = PrunedTower(model.visual, {cut: 4}, Known(), tokens, cut)
+    torch.testing.assert_close(pruned(images), expected, atol=1e-4, rtol=1e-4)
+    in_parts = PrunedTower(model.visual, {cut: 4, cut + 1: 3}, Known(), tokens, cut)
+    assert not torch.allclose(in_parts(images), expected, atol=1e-2)
+    whole = tokens.before(tower.adapter, cut, 20)
+    x = torch.randn(2, 24, 32)
+    torch.testing.assert_close(whole(x, cut), x)  # where nothing leaves, nothing is added
+    torch.testing.assert_close(tokens.before(tower.adapter, cut, 10)(x, cut - 1), x)
 
 
 @pytest.mark.parametrize("place", prompts.PLACES)
