@@ -14,7 +14,10 @@ from patchrank.evaluation.record import Figure
 from patchrank.pruning.methods import METHODS, UNPRUNED
 from patchrank.report.evaluation import Evaluation, method_name, unit
 
-NAMES = ("top1-by-multiply-adds", "top1-by-keep", "cosine-by-multiply-adds", "cosine-by-keep", "speedup-by-keep")
+NAMES = (
+    *("top1-by-multiply-adds", "top1-by-keep", "cosine-by-multiply-adds", "cosine-by-keep"),
+    *("speedup-by-keep", "cosine-by-speedup"),
+)
 _SIZE = (4.7, 4.3)  # inches, so that the text is legible on a phone, and on a laptop no larger than that of the page
 _KEEP = "keep rate"
 _ACCURACY, _COSINE = "top-1 accuracy, %", "mean cosine to the unpruned embedding"
@@ -177,6 +180,20 @@ def _plots(evaluation: Evaluation) -> Iterable[_Plot]:
             lines={method: sorted(speed[method]) for method in evaluation.methods if method in speed},
             expected={method: sorted(points) for method, points in expected.items()},
             level=1.0,
+        )
+        kept = {(one.method, one.keep): one.cosine for one in evaluation.figures}
+        yield _Plot(
+            name="cosine-by-speedup",
+            title="Cosine against measured speed",
+            note=f"On batches of {batch}; up and to the right is better.",
+            x="speed-up over the unpruned model, times",
+            y=_COSINE,
+            digits=4,
+            lines={
+                method: sorted((faster, near) for keep, faster in speed[method] if (near := kept.get((method, keep))))
+                for method in evaluation.methods
+                if method in speed
+            },
         )
 
 

@@ -68,7 +68,7 @@ def test_shards_that_are_gone(gone, tmp_path, capsys):
         assert "note: 2 shards cannot be found" in capsys.readouterr().err
         page = Page((tmp_path / "report" / "index.html").read_text())
         assert "2 shards cannot be found" in page.text
-        assert len(page.alts("")) == 4  # the charts
+        assert len(page.alts("")) == 5  # the charts
 
 
 def test_a_damaged_shard_and_rankings_that_are_gone_are_said(tmp_path):

@@ -30,7 +30,8 @@ def test_the_page_needs_nothing_beside_it(page, out):
     assert "@import" not in page.style
     assert (out / "index.html").stat().st_size < 1_000_000
     assert sorted(path.name for path in out.iterdir()) == [
-        *("cosine-by-keep.png", "index.html", "speedup-by-keep.png", "top1-by-keep.png", "top1-by-multiply-adds.png")
+        *("cosine-by-keep.png", "cosine-by-speedup.png", "index.html"),
+        *("speedup-by-keep.png", "top1-by-keep.png", "top1-by-multiply-adds.png"),
     ]
 
 
@@ -73,6 +74,23 @@ def test_latency_and_retrieval(page, evaluation):
     assert recalls[0] == ["Unpruned", "1", "500", "2,500", "81.2", "95.7", "98.1", "62.4", "86.1", "91.7"]
 
 
+def test_neighbours_and_whether_an_index_can_be_shared(evaluation, tmp_path):
+    near = [
+        {"method": method, "keep": keep, "images": 500, "nearest": 10, "pruned_queries": kept, "pruned_index": kept}
+        | {"pruned": kept - 0.1, "mixed": kept - 0.05, "first_by_pruned_queries": 1.0, "first_in_pruned_index": 0.998}
+        for method, keep, kept in (("predictor", 0.6, 0.875), ("random", 0.6, 0.5), ("predictor", 0.4, 0.75))
+    ]
+    found = read(changed(evaluation[0], tmp_path, neighbours=near))
+    gallery = report_gallery.Gallery([], None, 0, 0, [])
+    page = Page(report_page.render(found, 0.6, "predictor", [], gallery, "command"))
+    assert page.table("Share of the 10 nearest neighbours among 500 images") == [
+        ["Predictor", "0.6", "87.5", "87.5", "77.5", "82.5", "100.0", "99.8"],
+        ["Random", "0.6", "50.0", "50.0", "40.0", "45.0", "100.0", "99.8"],
+        ["Predictor", "0.4", "75.0", "75.0", "65.0", "70.0", "100.0", "99.8"],
+    ]
+    assert "At keep rate 0.6, pruned and unpruned embeddings can share an index" in page.text
+
+
 def test_the_classes_that_lose_most_come_first_and_names_are_escaped(page, evaluation):
     rows = page.table("Top-1 accuracy in percent by class at keep rate 0.6")
     top1 = {(one["name"], one["method"], one["keep"]): one["top1"] for one in evaluation[1]["classes"]}
@@ -110,12 +128,13 @@ def test_what_methods_are_compared_at_is_said_where_it_is_known(evaluation, tmp_
 
 def test_every_chart_is_there_for_light_and_dark_and_in_words(page, out, evaluation):
     charts = page.alts("Line chart")
-    assert len(charts) == len(page.all("picture")) == len(page.all("source")) == 4
+    assert len(charts) == len(page.all("picture")) == len(page.all("source")) == 5
     assert [re.match(r"Line chart of (.*?)\.( |$)", alt)[1] for alt in charts] == [
         "top-1 accuracy, % against M multiply-adds an image",
         "top-1 accuracy, % against keep rate",
         "mean cosine to the unpruned embedding against keep rate",
         "speed-up over the unpruned model, times against keep rate",
+        "mean cosine to the unpruned embedding against speed-up over the unpruned model, times",
     ]
     top1 = {(one["method"], one["keep"]): 100 * one["top1"] for one in evaluation[1]["figures"]}
     golden = f"Golden ranking: {top1['golden', 0.8]:.1f} at 0.8, {top1['golden', 0.4]:.1f} at 0.4."
