@@ -17,7 +17,10 @@ from typing import NoReturn
 
 from patchrank import __version__, errors
 
-JOBS = ("make-shards", "search", "query", "status", "train-predictor", "train-tokens", "evaluate", "report")
+JOBS = (
+    *("fit", "make-shards", "search", "query", "status"),
+    *("train-predictor", "train-tokens", "evaluate", "report"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -63,6 +63,24 @@ def from_folders(folder: str) -> tuple[list[SourceImage], list[str]]:
     return files, names
 
 
+def from_any_folder(folder: str) -> list[SourceImage]:
+    """The images of a folder and of those below it, sorted, without labels.
+
+    Raises:
+        UserError: no such folder, or no image in it.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such folder of images")
+    files = [
+        SourceImage(folder, os.path.relpath(os.path.join(parent, file), folder), None)
+        for parent, file in _walk(folder)
+        if _extension(file) in IMAGE_EXTENSIONS
+    ]
+    if not files:
+        raise UserError(f"{folder}: no image there with a name in {', '.join(IMAGE_EXTENSIONS)}, and no shard")
+    return files
+
+
 def _walk(folder: str) -> Iterator[tuple[str, str]]:
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -10,7 +10,7 @@ from here import ROOT
 from cluster.evaluate import EvaluationJob
 from cluster.rank import SearchJob
 from cluster.training_job import TrainingConfig
-from jobs import evaluate, make_shards, query, report, search, status, train_predictor, train_tokens
+from jobs import evaluate, fit, make_shards, query, report, search, status, train_predictor, train_tokens
 from patchrank import assets, flags
 from patchrank.errors import UserError
 from patchrank.pruning.predictor import SCALED
@@ -51,7 +51,7 @@ DEFAULTS = {
         "out": "tokens", "epochs": 5, "learning_rate": 0.01,
     },
 }  # fmt: skip
-JOBS = {job.__name__.removeprefix("jobs."): job for job in (*DEFAULTS, make_shards, query, report, status)}
+JOBS = {job.__name__.removeprefix("jobs."): job for job in (*DEFAULTS, fit, make_shards, query, report, status)}
 
 
 @pytest.mark.parametrize("job", DEFAULTS)
