@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from tqdm import tqdm
 
 from patchrank import flags
-from patchrank.data import shard_writer
+from patchrank.data import shard_writer, sizes
 from patchrank.data.shard_writer import Skipped
 from patchrank.errors import UserError, run
 
@@ -64,8 +64,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "jobs/make_shards.py") -
                 skipped += 1
                 tqdm.write(f"skipped {result.path}: {result.reason}", file=sys.stderr)
 
-    written = len(files) - skipped
-    shards = -(-written // args.samples_per_shard)
+    written, size = len(files) - skipped, args.samples_per_shard
+    shards = -(-written // size)
+    known = {f"{args.prefix}-{number:06d}.tar": min(size, written - number * size) for number in range(shards)}
+    sizes.write(args.out, known)
     print(f"images: {written}, skipped: {skipped}, shards: {shards}, folder: {args.out}")
     out = shlex.quote(args.out)
     if class_names:

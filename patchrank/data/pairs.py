@@ -23,6 +23,7 @@ from patchrank.data.features import Features
 from patchrank.data.held_out import is_held_out
 from patchrank.data.join import JoinReport, Pair, alone, join
 from patchrank.data.pair_batches import PairBatch, batches
+from patchrank.data.sizes import Sizes
 from patchrank.errors import UserError
 from patchrank.model import artifacts
 from patchrank.model.tower import Tower
@@ -54,7 +55,8 @@ class Pairs:
         preprocess: PIL image -> (3, H, W), the transform of the search.
         shards: URIs as `patchrank.data.shards.expand` gives them; all that the rankings name where None.
         ranked: whether images come with their rankings, those that have one; else all images come, without. Shards that
-            a search ranked without a limit are counted by their tables, others by reading them once.
+            a search ranked without a limit are counted by their tables, others by a sizes.json beside them, or else by
+            reading them once.
         held_out: share of the images, told by a hash of their keys, that `batches` leaves to `held_out`.
         seed: of all shuffling.
         buffer: so many samples, still encoded, are shuffled among each other; each lane has its share of them.
@@ -104,15 +106,16 @@ class Pairs:
             )
         self.reports: dict[str, JoinReport] = {}
         self.features: Features | None = None
+        self._sizes = Sizes()
 
     @property
     def rows(self) -> tuple[int, int]:
-        """Images to train on, and held out."""
+        """Images to train on, and held out; about so many, where a sizes.json tells how many there are in all."""
         return sum(train for train, _ in self._counted), sum(held_out for _, held_out in self._counted)
 
     @functools.cached_property
     def _counted(self) -> list[tuple[int, int]]:
-        """The same by shard, from the keys of tables and of shards that are read without one."""
+        """The same by shard."""
         with ThreadPoolExecutor(16) as pool:  # for buckets
             return list(pool.map(self._count, self.shards))
 
@@ -182,6 +185,9 @@ class Pairs:
     def _count(self, shard: str) -> tuple[int, int]:
         if corpus := self._corpus_of(shard):
             keys = corpus.shard(shard, ["key"])["key"].to_pylist()
+        elif (told := self._sizes.of(shard)) is not None:
+            held_out = round(self.share * told)  # about: how the hash divides them is seen when they are read
+            return told - held_out, held_out
         else:
             found = JoinReport()
             keys = [pair.key for pair in alone(shard, found)]

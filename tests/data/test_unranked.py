@@ -6,6 +6,7 @@ import pytest
 from test_pairs import colour, keys_of, make_corpus, steps, take, write_shard
 from torchvision.transforms.functional import to_tensor
 
+from patchrank.data import sizes
 from patchrank.data.held_out import is_held_out
 from patchrank.data.pairs import Pairs
 from patchrank.errors import UserError
@@ -33,6 +34,26 @@ def test_all_images_come_once_without_rankings(tmp_path):
     assert part.rows == (32 - len(held_out), len(held_out)) and held_out
     assert sorted(keys_of(part.held_out(4))) == sorted(held_out)
     assert not set(keys_of(take(part.batches(0, 1, 4), 20))) & set(held_out)
+
+
+def test_a_file_beside_shards_tells_their_sizes_and_they_are_not_read_to_be_counted(tmp_path):
+    keys = {name: [f"{name}-{row:03d}" for row in range(size)] for name, size in (("a", 40), ("b", 24), ("c", 8))}
+    for name, rows in keys.items():
+        write_shard(tmp_path / f"{name}.tar", rows)
+    sizes.write(str(tmp_path), {"a.tar": 40})
+    sizes.write(str(tmp_path), {"b.tar": 24})  # beside those that are there
+    uris = [str(tmp_path / f"{name}.tar") for name in keys]
+    counted = Pairs(None, to_tensor, uris, held_out=0.1, ranked=False)
+    held_out = sum(is_held_out(key, 0.1) for key in keys["c"])
+    assert counted.rows == (36 + 22 + 8 - held_out, 4 + 2 + held_out)
+    training = {key for rows in keys.values() for key in rows if not is_held_out(key, 0.1)}
+    assert set(keys_of(take(counted.batches(0, 1, 4), 200))) == training  # whatever the hash makes of them
+    (tmp_path / "a.tar").unlink()
+    assert Pairs(None, to_tensor, uris, held_out=0.1, ranked=False).rows == counted.rows
+    for damaged in ("[1]", "{", '{"a.tar": -1}', '{"a.tar": "40"}'):
+        (tmp_path / "sizes.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"sizes\.json: damaged \(.*\); without it shards are counted by reading"):
+            Pairs(None, to_tensor, uris, ranked=False).steps_per_epoch(4)
 
 
 def test_a_search_with_a_limit_leaves_the_others_to_the_model(tmp_path):

@@ -81,7 +81,9 @@ def test_image_folder(tmp_path, photos, capsys):
     assert (
         main(["--images", f"{tmp_path}/photos", "--out", str(out), "--samples-per-shard", "3", "--prefix", "p.1"]) == 0
     )
-    assert sorted(os.listdir(out)) == ["classnames.json", *(f"p.1-{i:06d}.tar" for i in range(3))]
+    assert sorted(os.listdir(out)) == ["classnames.json", *(f"p.1-{i:06d}.tar" for i in range(3)), "sizes.json"]
+    told = json.loads((out / "sizes.json").read_text())
+    assert told == {f"p.1-{i:06d}.tar": len(list(shards.read(str(out / f"p.1-{i:06d}.tar")))) for i in range(3)}
     assert json.loads((out / "classnames.json").read_bytes()) == ["bird", "cat", "dog.v2"]
     found, path_of = read(out), origins(out)
     assert [sample.key for sample in found] == [f"{i:09d}" for i in range(7)]
@@ -176,6 +178,8 @@ def test_nothing_of_an_earlier_run_is_overwritten(tmp_path, photos):
     with pytest.raises(UserError, match=r"classnames\.json: has other class names"):
         main([*base, "--prefix", "val"])
     after = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    sizes = after.pop(tmp_path / "out/sizes.json")
+    assert json.loads(sizes) == json.loads(before.pop(tmp_path / "out/sizes.json")) | {"test-000000.tar": 7}
     assert after == {**before, tmp_path / "out/test-000000.tar": before[tmp_path / "out/train-000000.tar"]}
 
 
