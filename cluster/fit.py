@@ -114,6 +114,8 @@ class Fit:
     """
 
     def __init__(self, job: FitJob) -> None:
+        if job.model.name is None:
+            raise UserError("--model is needed: an open_clip name, or embedded for the model in this project")
         self.job = job
         self.skipped: list[Skipped] = []
         self._shards = shards.expand([self._made() or spec for spec in job.images])
@@ -200,7 +202,7 @@ class Fit:
             shards=self._shards,
             model=job.model.name,
             pretrained=job.model.pretrained,
-            cut=job.model.cut if rankings is None else None,
+            cut=None if job.search and rankings else job.model.cut,
             dtype=job.model.dtype,
             held_out=job.held_out,
             test=[],

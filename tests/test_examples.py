@@ -49,6 +49,7 @@ def test_the_picture_of_the_architecture(tmp_path):
         (["examples/prune_my_clip.py", "--model", "nope"], "--model nope"),
         (["examples/ask_the_corpus.py", "{tmp}/nope"], "{tmp}/nope: no such folder"),
         (["benchmarks/precision.py", "--model", assets.MODEL, "--shard", "nope.tar"], "nope.tar: No such file"),
+        (["benchmarks/feed.py", "--model", "embedded", "--shards", "{tmp}/shard.tar"], "{tmp}/shard.tar"),
         (["docs/picture.py", "{tmp}/nope", "{tmp}/x.png"], "{tmp}/nope: no such folder"),
         (["docs/architecture.py", "{tmp}/nope/x.png"], "{tmp}/nope/x.png: cannot be written"),
         (["docs/picture.py", "{tmp}/rankings", "{tmp}/x.png"], "{tmp}/shard.tar: No such file"),
@@ -63,6 +64,14 @@ def test_bad_input_is_one_line(tmp_path, arguments, words):
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
     assert words.format(tmp=tmp_path) in done.stderr
     assert not (tmp_path / "x.png").exists()
+
+
+def test_the_feed_of_a_training_is_measured():
+    shard = ROOT / "patchrank/assets/shards/train-000000.tar.gz"
+    given = ["--model", "embedded", "--shards", shard, "--batch", "4", "--seconds", "0", "--rounds", "1"]
+    done = run_here("benchmarks/feed.py", *given)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["reader", "model", "both", "both"]
 
 
 def test_search_my_shards_says_what_make_shards_says(tmp_path):
