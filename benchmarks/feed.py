@@ -14,6 +14,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def rate(step: Callable[[Lesson], Any], lessons: Iterator[Lesson], seconds: floa
     images, start = 0, time.perf_counter()
     while images == 0 or time.perf_counter() - start < seconds:
         lesson = next(lessons)
-        clock.seconds(lambda lesson=lesson: step(lesson), device)  # waits for the device
+        clock.seconds(partial(step, lesson), device)  # waits for the device
         images += len(lesson.images.keys)
     return images / (time.perf_counter() - start)
 

@@ -32,6 +32,7 @@ class Adapter(ABC):
     Attributes:
         module: the class of the modules that it is for.
         visual: the module.
+        blocks: its blocks, each of which takes tokens and gives tokens, (C, n, D).
         prefix_tokens: p, the tokens before the patches: 1 for a class token alone.
         grid: rows and columns of patches.
         width: D, of a token.
@@ -44,6 +45,7 @@ class Adapter(ABC):
     """
 
     module: ClassVar[type[nn.Module]]
+    blocks: Any
     prefix_tokens: int
     grid: tuple[int, int]
     width: int

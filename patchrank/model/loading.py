@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from patchrank import assets
 from patchrank.errors import UserError
 from patchrank.flags import flag
+from patchrank.model import fidelity
 from patchrank.model.kinds import adapt
 from patchrank.store.storage import one_line
 
@@ -117,13 +118,14 @@ def load(name: str, pretrained: str | None = None) -> Model:
             )
         except Exception as error:  # open_clip raises what its libraries raise: network, file and shape errors alike
             raise UserError(f"--model {name} --pretrained {pretrained}: {_short(error)}") from None
-    adapt(clip.visual, name)
+    adapter = adapt(clip.visual, name)
     if image_tower:
         try:
             clip.visual.load_state_dict(image_tower)
         except RuntimeError as error:
             raise UserError(f"--pretrained {pretrained}: not the image tower of {name}: {_short(error)}") from None
     clip.eval().requires_grad_(False)
+    fidelity.check(adapter, name)
     scale = IMAGE_TOWER_LOGIT_SCALE if image_tower else clip.logit_scale.exp().item()
     weights = tower_digest(clip.visual)
     text = {key: value for key, value in clip.state_dict().items() if not key.startswith("visual.")}

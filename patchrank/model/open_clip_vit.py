@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import Attention, LayerNormFp32, QuickGELU, VisionTransformer
+from open_clip.transformer import (
+    Attention,
+    CustomResidualAttentionBlock,
+    LayerNormFp32,
+    QuickGELU,
+    ResidualAttentionBlock,
+    Transformer,
+    VisionTransformer,
+)
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
 
+from patchrank.model import fidelity
 from patchrank.model.adapter import Adapter
 
 QUICK_GELU = 1.702  # QuickGELU(x) = x sigmoid(1.702 x)
@@ -43,7 +55,7 @@ class OpenClipViT(Adapter):
             return f"its image tower pools tokens by '{visual.pool_type}'"
         if any(getattr(block.attn, "logit_scale", None) is not None for block in visual.transformer.resblocks):
             return "its blocks use scaled cosine attention"
-        return None
+        return next(filter(None, _replaced(visual)), None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,13 +156,28 @@ class OpenClipViT(Adapter):
         return self.visual.proj.numel()
 
 
+def _replaced(visual: Any) -> Iterator[str | None]:
+    """What stands between the modules and their weights, as of `fidelity.refusal`, module by module."""
+    yield fidelity.refusal(visual, "its image tower")
+    yield fidelity.refusal(visual.transformer, "its transformer", (Transformer,))
+    for number, block in enumerate(visual.transformer.resblocks):
+        yield fidelity.refusal(block, f"its block {number}", (ResidualAttentionBlock, CustomResidualAttentionBlock))
+        where = f"the attention of its block {number}"
+        yield fidelity.refusal(block.attn, where, (nn.MultiheadAttention, Attention))
+        if not isinstance(block.attn, Attention):  # which calls its output projection, as we do; the other does not
+            kinds = (nn.Linear, NonDynamicallyQuantizableLinear)
+            yield fidelity.refusal(block.attn.out_proj, f"the output projection in {where}", kinds)
+
+
 def fuse_quick_gelu(mlp: Any) -> None:
     """Make an MLP with QuickGELU, as OpenAI's weights have it, one with SiLU that computes the same.
 
     QuickGELU, x sigmoid(1.702 x), is three passes over the widest activation; SiLU, x sigmoid(x), is one. The factor
     goes into the weights before it and out of those after it, unless a norm stands between.
     """
-    if isinstance(mlp.gelu, QuickGELU) and isinstance(getattr(mlp, "ln", _IDENTITY), nn.Identity):
+    plain = all(fidelity.refusal(module, "", (nn.Linear,)) is None for module in (mlp.c_fc, mlp.c_proj))
+    plain = plain and not any(parametrize.is_parametrized(module) for module in (mlp.c_fc, mlp.c_proj))
+    if plain and isinstance(mlp.gelu, QuickGELU) and isinstance(getattr(mlp, "ln", _IDENTITY), nn.Identity):
         with torch.no_grad():
             mlp.c_fc.weight *= QUICK_GELU
             mlp.c_fc.bias *= QUICK_GELU

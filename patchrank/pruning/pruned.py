@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from patchrank.errors import UserError
+from patchrank.model import fidelity
 from patchrank.model.adapter import Adapter
 from patchrank.model.kinds import adapt
 from patchrank.model.tower import default_cut
@@ -53,7 +54,8 @@ def prune(
     """Make an open_clip model drop patch tokens whenever it encodes an image; the model is changed in place.
 
     Args:
-        model: from `open_clip.create_model` or the like; one that is pruned already is restored first.
+        model: from `open_clip.create_model` or the like, or a wrapper that holds one (DDP, `torch.compile`, peft where
+            attention is not tuned); one that is pruned already is restored first.
         how: a bundle, the folder of one or its id on the Hugging Face hub: what a training left (`patchrank.Bundle`).
             Or, to compare with: "class-attention", "random", "token-merging" (then tokens are merged, at as many
             multiply-adds), or `patchrank.Golden` for images whose rankings are known.
@@ -64,17 +66,19 @@ def prune(
         blocks: the blocks before which tokens leave, in equal parts, where `keep` is one number; one block, the
             bundle's cut or a quarter of the depth, where None.
 
+    One image goes through both towers, all its tokens kept, and must come out the same: patchrank computes blocks from
+    their weights, and does not know what else was put in their place.
+
     Returns:
         The model.
 
     Raises:
-        UserError: a bundle that cannot be had, or is for another model; a tower of a kind that cannot be pruned; a keep
-            rate, block or target that makes no sense.
+        UserError: a bundle that cannot be had, or is for another model; a tower of a kind that cannot be pruned, or
+            with other modules or hooks in the place of those that it was built of; a keep rate, block or target that
+            makes no sense.
     """
-    clip: Any = model  # open_clip has no types
-    visual = getattr(clip, "visual", None)
-    if visual is None:
-        raise UserError(f"a {type(model).__name__} cannot be pruned: it has no image tower `visual`")
+    clip = _owner(model)
+    visual = clip.visual
     visual = visual.original if isinstance(visual, StandIn) else visual
     adapter = adapt(visual)
     if visual.output_tokens:
@@ -105,6 +109,8 @@ def prune(
     if schedule and bundle is not None and min(schedule) != cut:
         raise UserError(f"block {min(schedule)}: this bundle's predictor looks at the tokens before block {cut}")
     tower = _tower(method, visual, schedule, cut)
+    if not tower.idle:
+        fidelity.check(adapter)
     tower.train(visual.training)
     for part in (method.selector, method.tokens):
         if part is not None:
@@ -115,7 +121,7 @@ def prune(
 
 def restore(model: nn.Module) -> nn.Module:
     """Give a pruned model its original image tower back; one that is not pruned stays as it is. Returns the model."""
-    clip: Any = model
+    clip = _owner(model)
     if isinstance(clip.visual, StandIn):
         clip.visual = clip.visual.original
     return model
@@ -135,6 +141,26 @@ def pruned_tower(name: str, visual: Any, cut: int, keep: float, bundle: Bundle |
     if method.image_tower is not None:
         return method.image_tower(visual, budget(adapter, method, cut, keep))
     return PrunedTower(visual, at_keep_rate(adapter, method, cut, keep), method.selector, method.tokens, cut)
+
+
+def _owner(model: nn.Module) -> Any:
+    """The module whose attribute `visual` is the image tower: the model itself, or the one that a wrapper holds.
+
+    Raises:
+        UserError: there is none, or more than one, or its weights are sharded.
+    """
+    modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+    if "visual" not in getattr(model, "_modules", {}):  # a wrapper hands on what is read, and not what is written
+        owners = {name: each for name, each in modules.items() if isinstance(each._modules.get("visual"), nn.Module)}
+        if not owners:
+            raise UserError(f"a {type(model).__name__} cannot be pruned: it has no image tower `visual`")
+        if len(owners) > 1:
+            names = ", ".join(owners)
+            raise UserError(f"a {type(model).__name__} holds several models with an image tower ({names}): give one")
+        (model,) = owners.values()
+    if any(type(each).__name__.startswith(("FullyShardedDataParallel", "FSDP")) for each in modules.values()):
+        raise UserError("this model is sharded (FSDP): prune it before it is wrapped")
+    return model
 
 
 def _tower(method: Method, visual: Any, schedule: Schedule, cut: int) -> StandIn:

@@ -9,8 +9,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from patchrank.errors import UserError
 from patchrank.model.adapter import Adapter
 from patchrank.model.kinds import adapt
+
+_PREPROCESSING = ("image_size", "image_mean", "image_std", "preprocess_cfg")  # open_clip sets them on finished models
 
 
 class StandIn(nn.Module):
@@ -27,7 +30,18 @@ class StandIn(nn.Module):
         # What open_clip and its users ask an image tower for: image_size, preprocess_cfg, output_dim and the like.
         for name, value in vars(visual).items():
             if not name.startswith("_") and name != "training":
-                setattr(self, name, value)
+                self.__dict__[name] = value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As everywhere, but what the original tower has is its own: to set it here would change nothing.
+
+        Raises:
+            UserError: such an attribute that is not about preprocessing.
+        """
+        original, free = self.__dict__.get("_modules", {}).get("original"), (*_PREPROCESSING, "training")
+        if original is not None and name in vars(original) and name not in free and not name.startswith("_"):
+            raise UserError(f"{name}: is set on the unpruned tower, before `patchrank.prune` or after `restore`")
+        super().__setattr__(name, value)
 
     @property
     def adapter(self) -> Adapter:
