@@ -70,7 +70,7 @@ class FitJob:
     held_out: float = flag(0.1, "of the images, to evaluate on and never to train on (%(default)s)", metavar="SHARE")
     model: ModelSource = group("model", ModelSource)
     keep: float = flag(0.6, "keep rate that the bundle is for (%(default)s)", group="training")
-    samples_seen: int = flag(3000, "images to learn from, each of them as often as it takes (%(default)s)", metavar="N")
+    samples_seen: int = flag(2400, "images to learn from, each of them as often as it takes (%(default)s)", metavar="N")
     batch: int = flag(16, "images that a worker takes in at a time (%(default)s)")
     tokens: int = flag(4, "learnable tokens; none are kept where held-out images lose more with them (%(default)s)")
     rankings: str | None = flag(None, "golden rankings of images among these, the first teacher", metavar="FOLDER")

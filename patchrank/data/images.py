@@ -27,8 +27,8 @@ def max_bytes() -> int:
 def decode(data: bytes) -> Image.Image:
     """Decode an image file to mode RGB, 8 bits a channel. Can be called from several threads.
 
-    16-bit values keep their high byte. As in open_clip's transforms, transparency is dropped and the orientation
-    in EXIF is not applied. Of an animation, the first frame.
+    16-bit values keep their high byte; 32-bit ones are taken for 8 or 16 bits, whichever they fit. As in open_clip's
+    transforms, transparency is dropped and the orientation in EXIF is not applied. Of an animation, the first frame.
 
     Raises:
         ValueError: not an image, damaged, or of more pixels than the limit (`limit_pixels`); the message is one line.
@@ -52,11 +52,12 @@ def decode(data: bytes) -> Image.Image:
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
-    if image.mode.startswith("I"):  # "I;16", "I;16B"; "I" is 32-bit, and what older Pillows make of 16-bit PNG
+    if image.mode.startswith("I"):  # "I;16", "I;16B"; "I" is 32-bit
         pixels = np.asarray(image)  # (H, W), uint16 or int32
         if pixels.min() < 0 or pixels.max() > 0xFFFF:
             raise ValueError("32-bit pixels have no known range")
-        image = Image.fromarray((pixels >> 8).astype(np.uint8))
+        eight_bits = image.mode == "I" and pixels.max() <= 0xFF  # 32 bits wide, and no 16-bit image, which is "I;16"
+        image = Image.fromarray((pixels if eight_bits else pixels >> 8).astype(np.uint8))
     if image.mode == "P":
         image = image.convert("RGBA")  # Pillow warns where a palette with transparency becomes RGB directly
     return image.convert("RGB")

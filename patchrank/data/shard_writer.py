@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from webdataset import ShardWriter
 from patchrank.data import images
 from patchrank.data.shards import IMAGE_EXTENSIONS
 from patchrank.errors import UserError
-from patchrank.store import storage
+from patchrank.store import storage, text
 from patchrank.store.storage import one_line
 
 _WINDOW = 64  # images in memory at a time
@@ -44,7 +45,7 @@ def from_folders(folder: str) -> tuple[list[SourceImage], list[str]]:
     """The images of an ImageFolder tree, FOLDER/CLASS/**/x.jpg, sorted, and its class names by label.
 
     Labels number the sorted names of the class folders, as torchvision's ImageFolder does. Hidden files and folders do
-    not count. Links to folders are followed.
+    not count. Links to folders are followed, but every folder is visited once, as that of the class that it lies in.
 
     Raises:
         UserError: no such folder, or no image in it.
@@ -52,10 +53,11 @@ def from_folders(folder: str) -> tuple[list[SourceImage], list[str]]:
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder of images")
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    seen = {os.path.realpath(place) for place in (folder, *(os.path.join(folder, name) for name in names))}
     files = [
         SourceImage(folder, os.path.relpath(os.path.join(parent, file), folder), label)
         for label, name in enumerate(names)
-        for parent, file in _walk(os.path.join(folder, name))
+        for parent, file in _walk(os.path.join(folder, name), seen)
         if _extension(file) in IMAGE_EXTENSIONS
     ]
     if not files:
@@ -73,7 +75,7 @@ def from_any_folder(folder: str) -> list[SourceImage]:
         raise UserError(f"{folder}: no such folder of images")
     files = [
         SourceImage(folder, os.path.relpath(os.path.join(parent, file), folder), None)
-        for parent, file in _walk(folder)
+        for parent, file in _walk(folder, {os.path.realpath(folder)})
         if _extension(file) in IMAGE_EXTENSIONS
     ]
     if not files:
@@ -81,9 +83,15 @@ def from_any_folder(folder: str) -> list[SourceImage]:
     return files
 
 
-def _walk(folder: str) -> Iterator[tuple[str, str]]:
+def _walk(folder: str, seen: set[str]) -> Iterator[tuple[str, str]]:
+    """Parent and name of files below a folder; folders whose real paths are in `seen` stay out, others are added."""
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        there, folders[:] = sorted(name for name in folders if not name.startswith(".")), []
+        for name in there:
+            real = os.path.realpath(os.path.join(parent, name))
+            if real not in seen:
+                seen.add(real)
+                folders.append(name)
         yield from ((parent, name) for name in sorted(files) if not name.startswith("."))
 
 
@@ -93,7 +101,7 @@ def from_csv(
     """The images of a CSV file with a header line, in its order, and the class names by label where labels are names.
 
     Args:
-        file: the CSV file, UTF-8, with commas.
+        file: the CSV file, with commas, its text as of `patchrank.store.text`.
         root: folder that the paths are relative to; None for the CSV file's.
         path_column: column of the paths.
         label_column: column of the labels; None for "label", which then may be missing. Labels are all integers, or all
@@ -104,23 +112,26 @@ def from_csv(
             labels of both kinds.
     """
     try:
-        with open(file, newline="", encoding="utf-8-sig") as stream:
+        with io.StringIO(text.decode(Path(file).read_bytes()), newline="") as stream:
             rows = csv.DictReader(stream)
+            rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
             columns = [path_column, *([label_column] if label_column else [])]
             for column in columns:
-                if column not in (rows.fieldnames or []):
-                    raise UserError(f"{file}: no column {column!r}, only {', '.join(rows.fieldnames or [])}")
+                if column not in rows.fieldnames:
+                    raise UserError(f"{file}: no column {column!r}, only {', '.join(rows.fieldnames)}")
             lines = [
                 (rows.line_num, row[path_column] or "", (row.get(label_column or "label") or "").strip())
                 for row in rows
             ]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{file}: cannot be read ({one_line(error)})") from None
     if not lines:
         raise UserError(f"{file}: no rows")
     for number, path, _ in lines:
         if not path:
             raise UserError(f"{file}, line {number}: no path")
+    # pandas writes integers as floats where a column has gaps.
+    lines = [(number, path, re.sub(r"^(-?[0-9]{1,9})\.0*$", r"\1", label)) for number, path, label in lines]
     labels = sorted({label for _, _, label in lines if label})
     integers = [label for label in labels if re.fullmatch("-?[0-9]{1,9}", label)]
     if integers and len(integers) < len(labels):

@@ -24,7 +24,7 @@ from webdataset.tariterators import base_plus_ext
 
 from patchrank.data.images import decode, max_bytes
 from patchrank.errors import UserError
-from patchrank.store import storage
+from patchrank.store import storage, text
 from patchrank.store.folder import Reject
 from patchrank.store.storage import one_line
 
@@ -37,7 +37,8 @@ CAPTION_EXTENSION = "txt"
 # The last four: from tarfile, on headers that pass their checksum and hold nonsense.
 _READ_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, LookupError, OverflowError, MemoryError)
 _BUFFER = 4 << 20  # bytes a read: on an object store every read is one request
-_LABEL = re.compile(r"\s*[+-]?[0-9]{1,9}\s*")  # nine digits fit the 32 bits of a rankings file
+# Nine digits fit the 32 bits of a rankings file; pandas writes integers as floats where a column has gaps.
+_LABEL = re.compile(r"\s*([+-]?[0-9]{1,9})(\.0*)?\s*")
 _LONG_HEADERS = (
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
 )
@@ -210,8 +211,8 @@ def _listed(path: str, query: str, lists: tuple[str, ...]) -> Iterator[str]:
     if path in lists:
         raise UserError(f"{path}: this list file names itself")
     try:
-        lines = storage.read_bytes(path + query).decode("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = text.decode(storage.read_bytes(path + query)).splitlines()
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: the list file cannot be read ({one_line(error)})") from None
     for line in map(str.strip, lines):
         if line and not line.startswith("#"):
@@ -309,10 +310,13 @@ def _sample(key: str, files: dict[str, bytes], seen: set[str]) -> Sample | Rejec
 def _label(files: dict[str, bytes]) -> int | None:
     """The label of a sample, None where it has none. Raises ValueError with the reason where it cannot be read."""
     if "cls" in files:
-        label: object = files["cls"].decode(errors="replace")
+        try:
+            label: object = text.decode(files["cls"])
+        except ValueError as error:
+            raise ValueError(f"the sample's cls is {error}") from None
     elif "json" in files:
         try:
-            fields = json.loads(files["json"])
+            fields = json.loads(text.decode(files["json"]))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"the sample's json cannot be read: {one_line(error)}") from None
         label = fields.get("label") if isinstance(fields, dict) else None
@@ -320,24 +324,24 @@ def _label(files: dict[str, bytes]) -> int | None:
             return None
     else:
         return None
-    text = label if isinstance(label, str) else json.dumps(label)
-    if not _LABEL.fullmatch(text):
-        raise ValueError(f"the label is not an integer of up to nine digits: {_excerpt(text)!r}")
-    return int(text)
+    written = label if isinstance(label, str) else json.dumps(label)
+    if not (found := _LABEL.fullmatch(written)):
+        raise ValueError(f"the label is not an integer of up to nine digits: {_excerpt(written)!r}")
+    return int(found[1])
 
 
 def _captions(files: dict[str, bytes]) -> tuple[str, ...]:
     """The captions of a sample; none where there are none that can be read."""
-    found: object = files.get(CAPTION_EXTENSION, b"").decode(errors="replace").splitlines()
+    found: object = text.decode(files.get(CAPTION_EXTENSION, b""), errors="replace").splitlines()
     if not found and "json" in files:
         with contextlib.suppress(ValueError, RecursionError):
-            fields = json.loads(files["json"])
+            fields = json.loads(text.decode(files["json"]))
             found = (fields.get("captions") or fields.get("caption")) if isinstance(fields, dict) else None
-    texts = [found] if isinstance(found, str) else found if isinstance(found, list) else []
-    return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
+    lines = [found] if isinstance(found, str) else found if isinstance(found, list) else []
+    return tuple(line.strip() for line in lines if isinstance(line, str) and line.strip())
 
 
-def _excerpt(text: str) -> str:
+def _excerpt(content: str) -> str:
     """Text of unknown content, short and on one line."""
-    text = " ".join(text.split())
-    return text if len(text) <= 60 else text[:57] + "..."
+    content = " ".join(content.split())
+    return content if len(content) <= 60 else content[:57] + "..."

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from patchrank.errors import UserError
 from patchrank.model.loading import Model
-from patchrank.store import storage
+from patchrank.store import storage, text
 from patchrank.store.rankings import Rankings
 
 CLASSES_FILE = "classes.safetensors"  # beside rankings or tokens: the class embeddings that they go with
@@ -53,16 +53,19 @@ def read_names(path: str) -> list[str]:
     Raises:
         UserError: the file cannot be read, or is not such a list.
     """
-    text = _read(path, "--classes").decode(errors="replace")
+    try:
+        content = text.decode(_read(path, "--classes"))
+    except ValueError as error:
+        raise UserError(f"--classes {path}: {error}") from None
     if path.endswith(".json"):
         try:
-            names = json.loads(text)
+            names = json.loads(content)
         except json.JSONDecodeError as error:
             raise UserError(f"--classes {path}: not JSON: {error}") from None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(f"--classes {path}: must be a JSON list of names, in the order of the labels")
     else:
-        names = [line.strip() for line in text.splitlines() if line.strip()]
+        names = [line.strip() for line in content.splitlines() if line.strip()]
     if not names:
         raise UserError(f"--classes {path}: holds no names")
     return names

@@ -20,6 +20,7 @@ from patchrank.errors import UserError
 from patchrank.flags import flag
 from patchrank.model import fidelity
 from patchrank.model.kinds import adapt
+from patchrank.model.preprocessing import Preprocess
 from patchrank.store.storage import one_line
 
 IMAGE_TOWER_LOGIT_SCALE = 100.0  # of a file without a text tower: the value at which CLIP's training clamps it
@@ -50,10 +51,9 @@ class Model:
         """The image tower."""
         return self.clip.visual
 
-    def preprocess(self) -> Callable[..., Tensor]:
+    def preprocess(self) -> Preprocess:
         """The model's own inference transform: PIL image -> (3, H, W) float32."""
-        config = open_clip.transform.PreprocessCfg(**self.visual.preprocess_cfg)
-        return open_clip.transform.image_transform_v2(config, is_train=False)
+        return Preprocess(self.visual.preprocess_cfg)
 
     def tokenizer(self) -> Callable[[list[str]], Tensor]:
         """The model's tokenizer."""

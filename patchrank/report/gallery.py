@@ -215,13 +215,12 @@ def _read_images(evaluation: Evaluation, wanted: Sequence[Shown], notes: list[st
 
 def cropping(evaluation: Evaluation) -> Callable[[Image.Image], np.ndarray]:
     """A function from an image to what the model sees of it, (H, W, 3) uint8."""
-    import open_clip  # takes seconds to import
+    from patchrank.model.preprocessing import Preprocess  # open_clip takes seconds to import
 
-    fields = evaluation.model.preprocess
     try:
-        config = open_clip.transform.PreprocessCfg(**fields)
-        transform = open_clip.transform.image_transform_v2(config, is_train=False)
-        mean, std = (np.array(value, dtype=np.float32).reshape(3, 1, 1) for value in (config.mean, config.std))
+        transform = Preprocess(evaluation.model.preprocess)
+        values = (transform.config.mean, transform.config.std)
+        mean, std = (np.array(value, dtype=np.float32).reshape(3, 1, 1) for value in values)
     except Exception as error:  # torchvision raises what it likes
         path = storage.join(evaluation.folder, record.FILE)
         raise UserError(f"{path}: its preprocess is damaged ({storage.one_line(error)})") from None

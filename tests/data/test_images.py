@@ -62,6 +62,15 @@ def test_sixteen_bits_become_eight(name):
     np.testing.assert_array_equal(np.asarray(image), expected)
 
 
+def test_thirty_two_bits_are_what_they_fit():
+    eight, sixteen = np.arange(35, dtype=np.int32).reshape(5, 7) * 7, GRAY[..., 0].astype(np.int32)
+    for pixels, expected in ((eight, eight), (sixteen, sixteen >> 8), (np.full((5, 7), 256, np.int32), 1)):
+        found = np.asarray(images.decode(encode(Image.fromarray(pixels), "TIFF")))
+        assert np.array_equal(found, np.broadcast_to(np.asarray(expected)[..., None], (5, 7, 3)))
+    dark = np.full((5, 7), 200, np.uint16)  # 16 bits wide, whatever they hold
+    assert not np.asarray(images.decode(encode(Image.fromarray(dark), "TIFF"))).any()
+
+
 def test_cmyk_jpeg():
     """Cyan, and a dark orange: inverted or ignored inks would be far off."""
     for cmyk, rgb in (((255, 0, 0, 0), (0, 255, 255)), ((0, 128, 255, 128), (127, 63, 0))):

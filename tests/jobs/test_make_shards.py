@@ -128,6 +128,26 @@ def test_csv_with_integers(tmp_path, photos, capsys):
     assert capsys.readouterr().out.endswith(f"--shards {tmp_path}/out --prototypes {tmp_path}/out\n")
 
 
+def test_integers_written_as_floats_are_those_integers(tmp_path, photos):
+    rows = [(path, float(2 * number)) for number, path in enumerate(photos)]
+    text = "path, label\n" + "".join(f"photos/{path}, {label}\n" for path, label in rows)
+    assert csv_shards(tmp_path, text, encoding="utf-16") == [(f"photos/{path}", int(label)) for path, label in rows]
+    assert not (tmp_path / "out/classnames.json").exists()
+
+
+def test_a_folder_is_visited_once_however_links_lead_to_it(tmp_path, photos):
+    for number, target in enumerate((tmp_path / "photos", tmp_path / "photos/cat", tmp_path / "photos/bird")):
+        (tmp_path / "photos/bird" / f"link-{number}").symlink_to(target)
+    save(tmp_path / "elsewhere/9.png")
+    for name in ("a", "b"):
+        (tmp_path / "photos/cat" / name).symlink_to(tmp_path / "elsewhere")
+    assert main(["--images", f"{tmp_path}/photos", "--out", f"{tmp_path}/out"]) == 0
+    path_of = origins(tmp_path / "out")
+    found = {path_of[sample.key]: sample.label for sample in read(tmp_path / "out")}
+    cat = photos["cat/0.jpg"][1]
+    assert found == {path: label for path, (_, label) in photos.items()} | {"cat/a/9.png": cat}
+
+
 def test_csv_with_names_and_other_columns(tmp_path, photos):
     text = 'file,class\r\ncat/0.jpg,"cat, small"\r\nbird/2.png,älg\r\ncat/6.png,"cat, small"\r\n'
     options = ["--path-column", "file", "--label-column", "class", "--root", f"{tmp_path}/photos"]
