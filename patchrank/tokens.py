@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import TYPE_CHECKING
 
 from patchrank.errors import UserError
@@ -18,6 +19,8 @@ def tokens_kept(num_tokens: int, keep: float) -> int:
 
 def count_kept(num_tokens: int, keep: float, flag: str = "--keep") -> int:
     """How many tokens stay at a keep rate. Raises UserError, naming the flag, where it is above 1 or leaves nothing."""
+    if not isinstance(keep, numbers.Real):
+        raise UserError(f"{flag} {keep!r}: must be a number")
     if not 0 < keep <= 1 or tokens_kept(num_tokens, keep) == 0:
         raise UserError(f"{flag} {keep}: must be at most 1 and leave at least one of {num_tokens} tokens")
     return tokens_kept(num_tokens, keep)

@@ -43,6 +43,7 @@ _LONG_HEADERS = (
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
 )
 _MAX_TEXT = 1 << 20  # bytes of a label or of a header
+_COMPRESSED = {b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2"}
 _QUERY = re.compile(r"\?\w+=.*")  # the options of a URI, as against `?` as a wildcard
 
 
@@ -258,10 +259,13 @@ def _samples(stream: io.BufferedReader) -> Iterator[tuple[str, dict[str, bytes],
     A sample ends where the key changes or an extension comes again. The content of files that are not used, or are too
     large, is not read: a few bytes of a gzip can stand for any number.
     """
-    start = stream.peek(2)[:2]
+    start = stream.peek(6)[:6]
     if not start:
         raise ShardError("the file is empty")
-    archive = cast(BinaryIO, gzip.GzipFile(fileobj=stream) if start == b"\x1f\x8b" else stream)
+    for magic, program in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise ShardError(f"compressed by {program}, and tars are read plain or by gzip: decompress it")
+    archive = cast(BinaryIO, gzip.GzipFile(fileobj=stream) if start.startswith(b"\x1f\x8b") else stream)
     # Names that are not UTF-8 must still give keys that can be stored.
     try:
         tar = tarfile.TarFile(fileobj=archive, tarinfo=_Header, encoding="utf-8", errors="backslashreplace")
@@ -296,11 +300,16 @@ def _samples(stream: io.BufferedReader) -> Iterator[tuple[str, dict[str, bytes],
 
 
 def _sample(key: str, files: dict[str, bytes], seen: set[str]) -> Sample | Reject:
+    image = next((files[extension] for extension in IMAGE_EXTENSIONS if extension in files), None)
+    if key in seen and image is None:
+        apart = f"only {_excerpt(', '.join(files))} here, and its image came before: a sample's files must be adjacent"
+        return Reject(key, apart)
     if key in seen:
         return Reject(key, "duplicate key in this shard; the first one was kept")
-    image = next((files[extension] for extension in IMAGE_EXTENSIONS if extension in files), None)
     if image is None:
-        return Reject(key, f"no image ({', '.join(IMAGE_EXTENSIONS)}) in the sample, only {_excerpt(', '.join(files))}")
+        reason = f"no image ({', '.join(IMAGE_EXTENSIONS)}) in the sample, only {_excerpt(', '.join(files))}"
+        dotted = any(name.rpartition(".")[2] in IMAGE_EXTENSIONS for name in files)
+        return Reject(key, reason + ("; a key ends at the first dot of the file name" if dotted else ""))
     try:
         return Sample(key, image, _label(files), _captions(files))
     except ValueError as error:

@@ -12,13 +12,13 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.factory import load_state_dict, parse_model_name
+from open_clip.factory import parse_model_name
 from torch import Tensor, nn
 
 from patchrank import assets
 from patchrank.errors import UserError
 from patchrank.flags import flag
-from patchrank.model import fidelity
+from patchrank.model import checkpoint, fidelity
 from patchrank.model.kinds import adapt
 from patchrank.model.preprocessing import Preprocess
 from patchrank.store.storage import one_line
@@ -108,13 +108,15 @@ def load(name: str, pretrained: str | None = None) -> Model:
             tags = open_clip.list_pretrained_tags_by_model(name)
             known = f" ({', '.join(tags)})" if tags else ""
             raise UserError(f"--model {name} needs --pretrained: a weights file or one of open_clip's tags{known}")
-    with _quiet():
-        image_tower = _image_tower_weights(pretrained) if schema is None and os.path.isfile(str(pretrained)) else None
+    with _quiet(), contextlib.ExitStack() as stack:
+        image_tower, file = None, pretrained
+        if schema is None and os.path.isfile(str(pretrained)) and not str(pretrained).endswith((".npz", ".npy")):
+            state, wrapped = checkpoint.read(str(pretrained))
+            image_tower = _image_tower_weights(state)
+            file = None if image_tower else stack.enter_context(checkpoint.stored(state)) if wrapped else pretrained
         try:
             clip = open_clip.create_model(
-                open_clip_name(name, pretrained),
-                pretrained=None if image_tower else pretrained,
-                require_pretrained=image_tower is None,
+                open_clip_name(name, pretrained), pretrained=file, require_pretrained=image_tower is None
             )
         except Exception as error:  # open_clip raises what its libraries raise: network, file and shape errors alike
             raise UserError(f"--model {name} --pretrained {pretrained}: {_short(error)}") from None
@@ -151,16 +153,12 @@ def open_clip_name(name: str, pretrained: str | None) -> str:
     return quick if tagged and tagged.get("quick_gelu") and open_clip.get_model_config(quick) else name
 
 
-def _image_tower_weights(path: str | None) -> dict[str, Tensor] | None:
-    """The image tower's state dict if the file holds nothing else, with plain keys; None for a whole model."""
-    try:
-        state = load_state_dict(str(path))
-    except Exception as error:
-        raise UserError(f"--pretrained {path}: cannot be read as weights: {_short(error)}") from None
+def _image_tower_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The image tower's state dict if there is nothing else, with plain keys; None of a whole model."""
     if all(key.startswith("visual.") for key in state):
         return {key.removeprefix("visual."): value for key, value in state.items()}
     text_tower = any(key.startswith(("token_embedding.", "text.", "visual.")) for key in state)
-    return None if text_tower else state
+    return None if text_tower else dict(state)
 
 
 def digest(weights: Mapping[str, Tensor], structure: str = "") -> str:

@@ -182,6 +182,7 @@ class Bundle(
         Raises:
             UserError: no bundle there, a damaged one, or one of another version.
         """
+        name = os.path.expanduser(name)
         if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".") or name.count("/") != 1):
             raise UserError(f"{name}: no such folder")
         if os.path.isdir(name) and not os.path.exists(os.path.join(name, "config.json")):

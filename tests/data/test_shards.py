@@ -177,8 +177,21 @@ def test_unreadable_labels_are_rejected(read_tar, files, reason):
 
 def test_a_sample_without_an_image_is_rejected(read_tar):
     (reject, good), error = read_tar(tar(("a.b.jpg", b"i"), ("a.cls", b"1"), ("b.jpg", b"j")))
-    assert reject == Reject("a", "no image (jpg, jpeg, png, webp) in the sample, only b.jpg, cls")
+    told = "; a key ends at the first dot of the file name"
+    assert reject == Reject("a", f"no image (jpg, jpeg, png, webp) in the sample, only b.jpg, cls{told}")
     assert (good, error) == (Sample("b", b"j", None), None)
+
+
+@pytest.mark.parametrize("magic, program", [(b"\x28\xb5\x2f\xfd", "zstd"), (b"\xfd7zXZ\0", "xz"), (b"BZh9", "bzip2")])
+def test_other_compressions_are_named(read_tar, magic, program):
+    _, error = read_tar(magic + b"x" * 2000)
+    assert error.startswith(f"compressed by {program}, and tars are read plain or by gzip")
+
+
+def test_labels_after_all_images_are_said_to_be_apart(read_tar):
+    samples, error = read_tar(tar(("a.jpg", b"i"), ("b.jpg", b"j"), ("a.cls", b"1"), ("b.cls", b"2")))
+    reason = "only cls here, and its image came before: a sample's files must be adjacent"
+    assert samples[2:] == [Reject("a", reason), Reject("b", reason)] and error is None
 
 
 def test_duplicates_next_to_each_other(read_tar):
@@ -189,7 +202,8 @@ def test_duplicates_next_to_each_other(read_tar):
 
 def test_duplicates_apart(read_tar):
     content = tar(("a.jpg", b"1"), ("a.cls", b"1"), ("b.jpg", b"2"), ("a.jpg", b"3"), ("a.cls", b"3"), ("b.cls", b"2"))
-    found = [Sample("a", b"1", 1), Sample("b", b"2", None), Reject("a", DUPLICATE), Reject("b", DUPLICATE)]
+    apart = Reject("b", "only cls here, and its image came before: a sample's files must be adjacent")
+    found = [Sample("a", b"1", 1), Sample("b", b"2", None), Reject("a", DUPLICATE), apart]
     assert read_tar(content) == (found, None)
 
 
