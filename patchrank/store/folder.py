@@ -235,9 +235,13 @@ def file_name(shard: str) -> str:
 
 
 def parquet_files(folder: str) -> list[str]:
-    """Base names of the Parquet files right below a folder, sorted; none where the folder does not exist."""
+    """Base names of the Parquet files right below a folder, sorted; none where the folder does not exist.
+
+    Hidden ones do not count, nor those that begin with "_", which other readers skip as well.
+    """
     # An upload to a bucket that dies before its first byte can leave an empty object: that is no file yet.
-    return [info.base_name for info in storage.files(folder) if info.base_name.endswith(".parquet") and info.size]
+    names = [info.base_name for info in storage.files(folder) if info.base_name.endswith(".parquet") and info.size]
+    return [name for name in names if not name.startswith((".", "_"))]
 
 
 def _failure_name(shard: str) -> str:

@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +35,7 @@ _REPEATED = (
     *("ranking.list.element", "step.list.element"),
 )
 
+_TABLE = re.compile(r"-[0-9a-f]{8}\.parquet$")  # the name of a shard's table, as `file_name` makes it
 _PRUNED = pa.struct(
     [("keep", pa.float64()), ("prediction", pa.int32()), ("confidence", pa.float32()), ("cosine", pa.float32())]
 )
@@ -187,6 +191,7 @@ class Rankings:
             raise UserError(f"{folder}: cannot be read ({storage.one_line(error)})") from None
         if not self.files:
             raise UserError(f"{folder}: holds no rankings yet; run the search again to go on with it")
+        self._named: set[str] = set()  # files that were left out, and named
         self.settings: dict[str, Any] = found["settings"]
         self.fingerprint: str = found["fingerprint"]
 
@@ -228,16 +233,17 @@ class Rankings:
     def shards(self) -> list[str]:
         """The URIs of the shards that have rankings, sorted by their tables' names."""
 
-        def shard(name: str) -> str:
+        def shard(name: str) -> str | None:
             path = storage.join(self.folder, name)
             system, inner = storage.resolve(path)
             try:
-                return pq.read_metadata(inner, filesystem=system).metadata[SHARD.encode()].decode()
-            except (pa.ArrowException, OSError, KeyError, TypeError) as error:
+                return _shard_of(pq.read_metadata(inner, filesystem=system).metadata)
+            except (pa.ArrowException, OSError) as error:
                 raise _unreadable(path, error) from None
 
         with ThreadPoolExecutor(16) as pool:  # for buckets
-            return list(pool.map(shard, self.files))
+            found = dict(zip(self.files, pool.map(shard, self.files), strict=True))
+        return [uri for name, uri in found.items() if uri and name in self._own(self.folder, found)]
 
     def shard(self, uri: str, columns: Sequence[str] | None = None) -> pa.Table:
         """The rankings of one shard, in the order of its samples; all columns unless some are named.
@@ -287,13 +293,17 @@ class Rankings:
         return result
 
     def _dataset(self, folder: str, names: Sequence[str]) -> ds.Dataset:
-        """A dataset over files of a folder, all of this search."""
+        """A dataset over files of a folder, all of this search; what is no table of a shard is left out."""
         system, inner = storage.resolve(folder)
 
-        def check(fragment: ds.ParquetFileFragment) -> None:
-            path = storage.join(folder, fragment.path.rpartition("/")[2])
+        def checked(fragment: ds.ParquetFileFragment) -> tuple[str, str | None]:
+            name = fragment.path.rpartition("/")[2]
+            path = storage.join(folder, name)
             try:
-                self._check(path, fragment.metadata.metadata)
+                shard = _shard_of(fragment.metadata.metadata)
+                if shard is not None or _TABLE.search(name):
+                    self._check(path, fragment.metadata.metadata)
+                return name, shard
             except (pa.ArrowException, OSError) as error:
                 raise _unreadable(path, error) from None
 
@@ -303,8 +313,30 @@ class Rankings:
             raise _unreadable(storage.join(folder, names[0]), error) from None
         dataset = ds.dataset([f"{inner}/{name}" for name in names], schema, format="parquet", filesystem=system)
         with ThreadPoolExecutor(16) as pool:  # for buckets; a scan needs these footers anyway and finds them read
-            list(pool.map(check, dataset.get_fragments()))
-        return dataset
+            found = dict(pool.map(checked, dataset.get_fragments()))
+        own = self._own(folder, found)
+        if not own:
+            raise UserError(f"{folder}: none of its Parquet files is the table of a shard")
+        return dataset if len(own) == len(names) else self._dataset(folder, own)
+
+    def _own(self, folder: str, shards: Mapping[str, str | None]) -> list[str]:
+        """Those of some files, by name, that are tables of shards, each shard once; the others are named on stderr."""
+        own: dict[str, str] = {}  # by where a shard really is
+        for name, shard in shards.items():
+            place = shard if shard is None or not storage.is_local(shard) else os.path.realpath(shard)
+            if shard is None:
+                reason = "is no table of a shard"
+            elif name != file_name(shard):
+                reason = f"has another name than the table of its shard, {file_name(shard)}"
+            elif place in own:
+                reason = f"is of the same shard as {own[place]}, by another path"
+            else:
+                own[str(place)] = name
+                continue
+            if name not in self._named:
+                print(f"warning: {storage.join(folder, name)}: left out, as it {reason}", file=sys.stderr)
+                self._named.add(name)
+        return list(own.values())
 
     def _check(self, path: str, metadata: Mapping[bytes, bytes] | None) -> None:
         theirs = (metadata or {}).get(FINGERPRINT.encode(), b"none").decode()
@@ -313,6 +345,12 @@ class Rankings:
                 f"{path}: a file of another search (fingerprint {theirs}; the folder's is {self.fingerprint}); "
                 "take it out of the folder"
             )
+
+
+def _shard_of(metadata: Mapping[bytes, bytes] | None) -> str | None:
+    """The URI of a table's shard; None of a file of others."""
+    shard = (metadata or {}).get(SHARD.encode())
+    return None if shard is None else shard.decode()
 
 
 def _unreadable(path: str, error: BaseException) -> UserError:
