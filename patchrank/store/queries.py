@@ -171,7 +171,7 @@ def connect(corpus: Rankings) -> Iterator[DuckDBPyConnection]:
         )
         try:
             if storage.is_local(corpus.folder):
-                paths = [glob.escape(storage.join(corpus.folder, name)) for name in corpus.files]
+                paths = [glob.escape(path) for path in dataset.files]
                 connection.read_parquet(paths).create_view("rankings")
             else:  # DuckDB would have to download an extension to read buckets
                 connection.register("rankings_dataset", dataset)

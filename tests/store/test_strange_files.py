@@ -46,7 +46,7 @@ def test_they_are_left_out_and_named_once(folder, capsys):
     assert any(renamed in line for line in lines)
     assert any("by another path" in line and file_name(shards[1])[:2] == "b-" and again[:2] == "b-" for line in lines)
     with queries.connect(corpus) as connection:
-        assert connection.sql("SELECT count(*), count(DISTINCT shard) FROM rankings").fetchone() == (7, 2)
+        assert connection.sql("SELECT count(*), count(DISTINCT shard) FROM rankings").fetchall() == [(7, 2)]
 
 
 def test_a_folder_of_nothing_else_is_refused(tmp_path):
