@@ -118,7 +118,8 @@ class Fit:
             raise UserError("--model is needed: an open_clip name, or embedded for the model in this project")
         self.job = job
         self.skipped: list[Skipped] = []
-        self._shards = shards.expand([self._made() or spec for spec in job.images])
+        made = self._made()
+        self._shards = shards.expand(job.images if made is None else [made])
         self.images = self._opened(job.rankings)
 
     @property
@@ -179,7 +180,7 @@ class Fit:
             files, names = shard_writer.from_folders(folder)
         else:
             files = shard_writer.from_any_folder(folder)
-        listed = [(file.path, os.path.getsize(os.path.join(folder, file.path)), file.label) for file in files]
+        listed = [(file.path, _size(os.path.join(folder, file.path)), file.label) for file in files]
         digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
         about = json.dumps({"folder": os.path.abspath(folder), "images": len(files), "digest": digest}).encode()
         made = storage.join(out, MADE)
@@ -187,8 +188,8 @@ class Fit:
             if storage.read_bytes(made) != about:
                 raise UserError(f"{out}: was made of other images than are in {folder} now; give another --work")
             return out
-        for shard in shards.expand([out]) if os.path.isdir(out) and os.listdir(out) else []:
-            storage.delete(shard)  # of a run that was stopped
+        for name in os.listdir(out) if os.path.isdir(out) else []:
+            storage.delete(storage.join(out, name))  # of a run that was stopped
         written = shard_writer.write(files, out, names, "shard", PER_SHARD)
         bar = tqdm(written, "shards", len(files), unit=" images", disable=not sys.stderr.isatty())
         self.skipped = [skipped for skipped in bar if skipped is not None]
@@ -274,6 +275,11 @@ class Fit:
             timing=Timing((1, job.batch), (job.keep,)),
             machines=job.machines,
         )
+
+
+def _size(path: str) -> int | None:
+    """Bytes of a file; None where a link leads nowhere."""
+    return os.path.getsize(path) if os.path.exists(path) else None
 
 
 def _refuse(summary: rank.Summary) -> None:
