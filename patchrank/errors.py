@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -25,12 +26,18 @@ def stoppable(advice: str) -> Iterator[None]:
 def run(main: Callable[[], int]) -> NoReturn:
     """Run the main function of a job and leave the process with its exit status.
 
-    A `UserError` becomes one line on stderr and status 2; Ctrl-C becomes status 130, as shells expect.
+    A `UserError` becomes one line on stderr and status 2; Ctrl-C becomes status 130, as shells expect. What the
+    encoding of stdout lacks is written escaped.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except UnicodeEncodeError as error:  # a name that the system hands over as bytes, and that is to be stored
+        print(f"error: {ascii(error.object)[:200]}: holds bytes that are no UTF-8; rename it", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -231,7 +231,9 @@ def _info(uri: str) -> fs.FileInfo:
     system, path = storage.resolve(uri)
     try:
         return system.get_file_info(path)
-    except OSError as error:
+    except (
+        Exception
+    ) as error:  # of file systems that are not Arrow's own, such as hf://, whatever their libraries raise
         raise UserError(f"{uri}: cannot be reached ({one_line(error)})") from None
 
 

@@ -126,6 +126,9 @@ def load(name: str, pretrained: str | None = None) -> Model:
             clip.visual.load_state_dict(image_tower)
         except RuntimeError as error:
             raise UserError(f"--pretrained {pretrained}: not the image tower of {name}: {_short(error)}") from None
+    for key, value in clip.visual.state_dict().items():
+        if not value.isfinite().all():
+            raise UserError(f"--model {name} --pretrained {pretrained}: its weights visual.{key} are not all finite")
     clip.eval().requires_grad_(False)
     fidelity.check(adapter, name)
     scale = IMAGE_TOWER_LOGIT_SCALE if image_tower else clip.logit_scale.exp().item()

@@ -55,6 +55,8 @@ class OpenClipViT(Adapter):
             return f"its image tower pools tokens by '{visual.pool_type}'"
         if any(getattr(block.attn, "logit_scale", None) is not None for block in visual.transformer.resblocks):
             return "its blocks use scaled cosine attention"
+        if any(type(module).__module__.startswith("torch.ao.nn.quantized") for module in visual.modules()):
+            return "its image tower is quantized; prune the model that it was made of, and quantize that"
         return next(filter(None, _replaced(visual)), None)
 
     @property

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -70,6 +71,8 @@ count(*) AS images,
        round(100 * avg((p.prediction = prediction)::INT), 2) AS unchanged_percent,
        round(avg(p.cosine), 4) AS mean_cosine,
        round(avg(p.confidence), 4) AS mean_confidence"""
+
+_COMMENTS = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
 
 NAMED = {
     "summary": Query(
@@ -216,7 +219,8 @@ def select(connection: DuckDBPyConnection, sql: str) -> str:
     import duckdb
 
     kinds = (duckdb.StatementType.SELECT, duckdb.StatementType.MULTI)  # FROM, WITH, DESCRIBE, SUMMARIZE; and PIVOT
-    statements = connection.extract_statements(sql)
+    found = connection.extract_statements(sql)
+    statements = [one for one in found if _COMMENTS.sub("", one.query).strip("; \n\t")]  # not of comments alone
     if len(statements) != 1 or statements[0].type not in kinds:
         raise UserError("one SELECT statement is wanted: a query only reads")
     return statements[0].query.rstrip("; \n\t")

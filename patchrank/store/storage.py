@@ -8,7 +8,6 @@ import os
 import tempfile
 from collections.abc import Iterator
 
-import pyarrow as pa
 from pyarrow import fs
 
 from patchrank.errors import UserError
@@ -81,7 +80,7 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
 def _remote(bucket: str, query: str) -> fs.FileSystem:
     try:
         system = fs.FileSystem.from_uri(bucket + query)[0]
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except Exception as error:  # of file systems that are not Arrow's own, whatever their libraries raise
         raise UserError(f"{bucket}: cannot be opened ({one_line(error)}); use a path, s3:// or gs://") from None
     if isinstance(system, fs.S3FileSystem):
         # A URI cannot ask for these, so the file system is built again from what pickle would keep of it. Its own

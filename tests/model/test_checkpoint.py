@@ -67,3 +67,11 @@ def test_weights_of_something_else_are_still_refused(whole, tmp_path):
     torch.save([1, 2], tmp_path / "weights.pt")
     with pytest.raises(UserError, match=r"weights\.pt: cannot be read as weights"):
         loading.load("tiny-checkpoint", str(tmp_path / "weights.pt"))
+
+
+def test_weights_that_are_not_finite_are_named(whole, tmp_path):
+    state = {key: value.clone() for key, value in whole.state_dict().items()}
+    state["visual.proj"][0, 0] = torch.nan
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(UserError, match=r"weights\.pt: its weights visual\.proj are not all finite"):
+        loading.load("tiny-checkpoint", str(tmp_path / "weights.pt"))

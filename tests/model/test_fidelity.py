@@ -212,6 +212,22 @@ def test_the_model_in_a_wrapper_is_pruned_and_restored(small_clip, wrap):
     assert patchrank.restore(wrapped) is wrapped and model.visual is original
 
 
+def test_a_quantized_tower_is_refused_by_name(small_clip):
+    model = small_clip()
+    model.visual = torch.ao.quantization.quantize_dynamic(model.visual, {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(UserError, match="this model: its image tower is quantized; prune the model that it"):
+        patchrank.prune(model, "random")
+
+
+@pytest.mark.parametrize("keep", ["0.6", [0.6], None])
+def test_a_keep_rate_is_a_number(small_clip, keep):
+    if keep is None:
+        assert patchrank.prune(small_clip(), "random", keep=keep).visual.schedule
+        return
+    with pytest.raises(UserError, match=r"keep .*0\.6.*: must be a number"):
+        patchrank.prune(small_clip(), "random", keep=keep)
+
+
 def test_several_models_and_sharded_ones_are_refused(small_clip):
     with pytest.raises(UserError, match=r"a Holder holds several models with an image tower \(student, teacher\)"):
         patchrank.prune(Holder(student=small_clip(), teacher=small_clip()), "random")
