@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -71,8 +70,6 @@ count(*) AS images,
        round(100 * avg((p.prediction = prediction)::INT), 2) AS unchanged_percent,
        round(avg(p.cosine), 4) AS mean_cosine,
        round(avg(p.confidence), 4) AS mean_confidence"""
-
-_COMMENTS = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
 
 NAMED = {
     "summary": Query(
@@ -219,11 +216,15 @@ def select(connection: DuckDBPyConnection, sql: str) -> str:
     import duckdb
 
     kinds = (duckdb.StatementType.SELECT, duckdb.StatementType.MULTI)  # FROM, WITH, DESCRIBE, SUMMARIZE; and PIVOT
-    found = connection.extract_statements(sql)
-    statements = [one for one in found if _COMMENTS.sub("", one.query).strip("; \n\t")]  # not of comments alone
+    statements = connection.extract_statements(sql)
     if len(statements) != 1 or statements[0].type not in kinds:
         raise UserError("one SELECT statement is wanted: a query only reads")
-    return statements[0].query.rstrip("; \n\t")
+    text = statements[0].query
+    for place, kind in reversed(duckdb.tokenize(text)):  # from the end: semicolons, and comments behind them
+        if text[place] != ";" and kind != duckdb.token_type.comment:
+            break
+        text = text[:place]
+    return text.rstrip()
 
 
 def notes(connection: DuckDBPyConnection, corpus: Rankings, query: Query) -> list[str]:
