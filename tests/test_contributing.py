@@ -24,6 +24,11 @@ from patchrank.search.searcher import Searcher
 class RegisterViT(VisionTransformer):
     """The made-up tower of the example."""
 
+    def forward(self, images):
+        x = self._embeds(images)
+        x = torch.cat([x[:, :1], self.registers.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        return self.ln_post(self.transformer(x)[:, 0]) @ self.proj
+
 
 @pytest.fixture
 def added(monkeypatch):

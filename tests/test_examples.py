@@ -49,6 +49,10 @@ def test_the_picture_of_the_architecture(tmp_path):
         (["examples/prune_my_clip.py", "--model", "nope"], "--model nope"),
         (["examples/ask_the_corpus.py", "{tmp}/nope"], "{tmp}/nope: no such folder"),
         (["benchmarks/precision.py", "--model", assets.MODEL, "--shard", "nope.tar"], "nope.tar: No such file"),
+        (
+            *(["benchmarks/bound.py", "--model", "embedded", "--shards", "{tmp}/shard.tar", "--tokens", "{tmp}/nope"],),
+            "{tmp}/shard.tar: ",
+        ),
         (["benchmarks/feed.py", "--model", "embedded", "--shards", "{tmp}/shard.tar"], "{tmp}/shard.tar"),
         (["docs/picture.py", "{tmp}/nope", "{tmp}/x.png"], "{tmp}/nope: no such folder"),
         (["docs/architecture.py", "{tmp}/nope/x.png"], "{tmp}/nope/x.png: cannot be written"),
