@@ -50,8 +50,8 @@ def test_the_picture_of_the_architecture(tmp_path):
         (["examples/ask_the_corpus.py", "{tmp}/nope"], "{tmp}/nope: no such folder"),
         (["benchmarks/precision.py", "--model", assets.MODEL, "--shard", "nope.tar"], "nope.tar: No such file"),
         (
-            *(["benchmarks/bound.py", "--model", "embedded", "--shards", "{tmp}/shard.tar", "--tokens", "{tmp}/nope"],),
-            "{tmp}/shard.tar: ",
+            ["benchmarks/bound.py", "--model", "embedded", "--shards", "{tmp}/shard.tar", "--tokens", "{tmp}/nope"],
+            "{tmp}/nope: holds no tokens",
         ),
         (["benchmarks/feed.py", "--model", "embedded", "--shards", "{tmp}/shard.tar"], "{tmp}/shard.tar"),
         (["docs/picture.py", "{tmp}/nope", "{tmp}/x.png"], "{tmp}/nope: no such folder"),
