@@ -255,13 +255,15 @@ class Fit:
         job = self.job
         _, record = prompts.load(job.place("tokens"))
         learnt = [PREDICTOR] if TokensConfig(**record["config"]).nothing else [PREDICTOR, TOKENS]
+        held_out = self.images.everything.rows[1]
+        most = max(1, round(EVALUATED / job.held_out / len(self._shards)))  # samples of a shard
         classes = job.classes
         if job.class_folders:
             classes = replace(classes, class_names=storage.join(job.place("shards"), "classnames.json"))
         return EvaluationJob(
             shards=self._shards,
             out=job.place("evaluation"),
-            limit=max(1, round(EVALUATED / job.held_out / len(self._shards))),
+            limit=most if held_out > EVALUATED else None,
             held_out=job.held_out,
             model=EvaluatedModel(job.model.name, job.model.pretrained, dtype=job.model.dtype),
             pruning=Pruning(
