@@ -10,6 +10,7 @@ unpruned one, class attention and token merging, at equal multiply-adds. Stopped
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -75,7 +76,15 @@ def show(record: Record, job: FitJob) -> None:
 
 def lines(job: FitJob) -> str:
     """How to use the bundle, in Python."""
-    name = assets.MODEL if job.model.name == "embedded" else job.model.name
+    name, file = assets.MODEL if job.model.name == "embedded" else job.model.name, job.model.pretrained
+    if file and os.path.isfile(
+        file
+    ):  # which open_clip itself may not read: an image tower alone, a trainer's checkpoint
+        return (
+            "import patchrank\n"
+            f'loaded = patchrank.models.load("{name}", "{file}")\n'
+            f'model, preprocess = patchrank.prune(loaded.clip, "{job.out}", keep={job.keep:g}), loaded.preprocess()'
+        )
     model = f'"{name}"' + (f', pretrained="{job.model.pretrained}"' if job.model.pretrained else "")
     return (
         "import open_clip, patchrank\n"
