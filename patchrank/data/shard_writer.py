@@ -54,7 +54,7 @@ def from_folders(folder: str) -> tuple[list[SourceImage], list[str]]:
         raise UserError(f"{folder}: no such folder of images")
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     for name in names:
-        if not name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in name):
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
             raise UserError(f"{folder}: the name of its folder {name!a} is no UTF-8; rename it, as it names a class")
     seen = {os.path.realpath(place) for place in (folder, *(os.path.join(folder, name) for name in names))}
     files = [

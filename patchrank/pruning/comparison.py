@@ -93,7 +93,7 @@ class Pruner:
                 if stay == tower.num_tokens or method.tokens is None:
                     embeddings = tower.suffix(full, kept)
                 else:
-                    before = method.tokens.before(adapter, tower.cut, stay + method.tokens.config.count)
+                    before = method.tokens.before(adapter, tower.cut, stay)
                     embeddings = tower.suffix(tokens, kept, before=before)
                 yield Pruned(name, keep, embeddings, usefulness, kept)
 

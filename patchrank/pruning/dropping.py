@@ -67,14 +67,14 @@ class PrunedTower(StandIn):
             if self.tokens is not None and self.tokens.config.place == "cut" and number == self.cut:
                 x, first = self._join(adapter, x)
             before = x
-            x = adapter.run(x, number, number + 1, before=self._shifting(adapter, x.shape[1], number))
+            x = adapter.run(x, number, number + 1, before=self._shifting(adapter, x.shape[1] - first, number))
         return adapter.readout(x)
 
-    def _shifting(self, adapter: Adapter, length: int, number: int) -> Before | None:
-        """What learnable shifts do before a block to so many tokens."""
+    def _shifting(self, adapter: Adapter, patches: int, number: int) -> Before | None:
+        """What learnable shifts do before a block, where so many patches are left."""
         if self.tokens is None or number < self.cut:
             return None
-        return self.tokens.before(adapter, self.cut, length - adapter.prefix_tokens, behind=False)
+        return self.tokens.before(adapter, self.cut, patches, behind=False)
 
     def _join(self, adapter: Adapter, x: Tensor) -> tuple[Tensor, int]:
         """Learnable tokens put behind the prefix tokens, (B, p + n, D) -> (B, p + b + n, D); the first patch's place.

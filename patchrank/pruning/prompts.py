@@ -110,25 +110,25 @@ class VisualTokens(nn.Module):
         """Tokens before the cut with these behind them, for the place "cut": (B, p + N, D) -> (B, p + N + b, D)."""
         return torch.cat([tokens, self.extra().to(tokens.dtype).expand(len(tokens), -1, -1)], dim=1)
 
-    def before(self, adapter: Adapter, cut: int, total: int, *, behind: bool = True) -> Before | None:
+    def before(self, adapter: Adapter, cut: int, patches: int, *, behind: bool = True) -> Before | None:
         """What is done before every block from the cut on, as of `Adapter.run`; None without shifts.
 
         Args:
-            total: patches and learnable tokens that are left, which a gate of 0 leaves out.
+            patches: that are left; those with a gate of 0 are not.
             behind: whether learnable tokens stand behind the patches, or between them and the prefix tokens.
         """
         if self.shifts is None:
             return None
         shifts, b, p = self.shifts, self.config.count, adapter.prefix_tokens
-        left = max(0.0, 1 - total / adapter.num_tokens)
+        left = max(0.0, 1 - (patches + b) / adapter.num_tokens)  # a learnable token takes the place of a patch
 
         def shifted(x: Tensor, number: int) -> Tensor:
             """(C, p + n + b, D) likewise."""
             if not 0 <= number - cut < len(shifts):
                 return x
             rows = left * shifts[number - cut]  # (2 + b, D)
-            prefix, patches, own = rows[:1].expand(p, -1), rows[1:2].expand(x.shape[1] - p - b, -1), rows[2:]
-            return x + torch.cat([prefix, patches, own] if behind else [prefix, own, patches]).to(x.dtype)
+            prefix, others, own = rows[:1].expand(p, -1), rows[1:2].expand(x.shape[1] - p - b, -1), rows[2:]
+            return x + torch.cat([prefix, others, own] if behind else [prefix, own, others]).to(x.dtype)
 
         return shifted
 
@@ -150,7 +150,7 @@ class VisualTokens(nn.Module):
             with torch.no_grad():
                 kept = choose(tokens)
         patches = tower.num_tokens if kept is None else kept.shape[1]
-        before = self.before(tower.adapter, tower.cut, patches + self.config.count)
+        before = self.before(tower.adapter, tower.cut, patches)
         return tower.suffix(tokens, kept, before=before)
 
 

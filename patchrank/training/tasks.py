@@ -100,7 +100,7 @@ class _ImagesTask:
         fading = gating.NOISE * (1 - (step - first) / max(1, self.steps - first))
         patches, before = self.patches[keep], None
         if learnable is not None:
-            before = learnable.before(tower.adapter, tower.cut, patches + learnable.config.count)
+            before = learnable.before(tower.adapter, tower.cut, patches)
         found = gating.embeddings(tower, tokens, usefulness, patches, fading * noise, before)  # (B, E)
         return gating.lacking(found, wanted, keep).mean(), found
 
