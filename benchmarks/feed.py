@@ -55,7 +55,7 @@ def main() -> int:
         rankings=None, shards=args.shards, model=args.model, pretrained=args.pretrained, dtype=args.dtype, held_out=0.0
     )
     images, _ = open_images(source)
-    task = PredictorTask(images, config=PredictorConfig(images.tower.grid, images.tower.width))
+    task = PredictorTask(images, config=PredictorConfig.of(images.tower))
     task.steps_per_epoch(args.batch)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = task.start(device, 1000).to(device)

@@ -45,7 +45,7 @@ def untrained(adapter: Adapter, cut: int) -> Bundle:
         "cut": cut,
         "grid": adapter.grid,
     }
-    return Bundle(about, asdict(PredictorConfig(adapter.grid, adapter.width)))
+    return Bundle(about, asdict(PredictorConfig(adapter.grid, adapter.width, prefix_tokens=adapter.prefix_tokens)))
 
 
 def predictor_share(bundle: Bundle, tower: nn.Module, images: torch.Tensor, rounds: int) -> float:

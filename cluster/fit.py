@@ -223,8 +223,7 @@ class Fit:
         return images
 
     def _shape(self) -> PredictorConfig:
-        tower = self.images.tower
-        return PredictorConfig(tower.grid, tower.width)
+        return PredictorConfig.of(self.images.tower)
 
     def _tokens_task(self, images: TrainingImages, learnt: Predictor) -> TokensTask:
         job = self.job

@@ -16,7 +16,7 @@ from cluster.training_job import TrainingConfig
 from jobs import training
 from patchrank import flags
 from patchrank.errors import run
-from patchrank.pruning.predictor import NAME, PredictorConfig
+from patchrank.pruning.predictor import NAME, PredictorConfig, tower_facts
 from patchrank.training.images import ImageSource
 from patchrank.training.tasks import PredictorTask
 
@@ -33,8 +33,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "jobs/train_predictor.py
     args = parser(prog).parse_args(argv)
     config, source = flags.read(TrainingConfig, args), flags.read(ImageSource, args)
     images, _ = training.opened(source, config.seed)
-    tower = images.tower
-    shape = flags.read(PredictorConfig, args, grid=tower.grid, input_width=tower.width)
+    shape = flags.read(PredictorConfig, args, **tower_facts(images.tower))
     task = flags.read(PredictorTask, args, images=images, config=shape)
     if training.estimated(task, config, args):
         return 0

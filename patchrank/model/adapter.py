@@ -14,15 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from patchrank.errors import UserError
-
-
-def class_token_alone(prefix_tokens: int, what: str) -> None:
-    """Raises UserError, which says what takes no other towers, where not one token stands before the patches."""
-    if prefix_tokens != 1:
-        raise UserError(f"{what} image towers with a class token and nothing else before the patches")
-
-
 Before = Callable[[Tensor, int], Tensor]  # (C, n, D) and the number of the block that comes next -> (C, n, D)
 
 
@@ -40,6 +31,7 @@ class Adapter(ABC):
         hidden: of the MLPs.
         embed_dim: E, of an embedding.
         depth: the number of blocks.
+        rotary: whether blocks ask for the place of a token (RoPE).
         dtype: in which images are embedded and all blocks but some norms run.
         device: where the weights are.
     """
@@ -53,6 +45,7 @@ class Adapter(ABC):
     hidden: int
     embed_dim: int
     depth: int
+    rotary: bool = False
 
     def __init__(self, visual: Any) -> None:
         self.visual = visual
@@ -74,6 +67,11 @@ class Adapter(ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device: ...
+
+    @classmethod
+    def takes(cls, visual: nn.Module) -> bool:
+        """Whether a module is of this kind."""
+        return isinstance(visual, cls.module)
 
     @classmethod
     @abstractmethod
@@ -104,7 +102,12 @@ class Adapter(ABC):
 
     @abstractmethod
     def attention(
-        self, x: Tensor, number: int, gates: Tensor | None = None, bias: Tensor | None = None
+        self,
+        x: Tensor,
+        number: int,
+        gates: Tensor | None = None,
+        bias: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The first half of a block, attention with its residual.
 
@@ -113,6 +116,7 @@ class Adapter(ABC):
             number: the block, from 0.
             gates: (C, n) float, as for `run`.
             bias: (C, n) float, added to the logits of each key; nothing where None.
+            places: as for `run`.
 
         Returns:
             (C, n, D), and the keys, (C, heads, n, D / heads). Of the last block only the tokens that `readout` reads
@@ -124,15 +128,34 @@ class Adapter(ABC):
         """The second half of a block, the MLP with its residual: (C, n, D) -> (C, n, D)."""
 
     @abstractmethod
-    def class_attention(self, x: Tensor, number: int) -> Tensor:
+    def class_attention(self, x: Tensor, number: int, places: Tensor | None = None) -> Tensor:
         """How much the class token attends to each patch in a block: (C, p + n, D) before it -> (C, n) float32.
 
-        The mean over heads; where the readout is a mean over tokens, the mean over all that ask, too.
+        The mean over heads; where the readout is a mean over tokens, the mean over all that ask, too; where a learnt
+        query pools tokens, what that attends to.
+
+        Args:
+            places: as for `run`.
         """
 
     @abstractmethod
-    def readout(self, x: Tensor) -> Tensor:
-        """Embeddings of what the last block gives: (C, m, D) -> (C, E), not normalised, in the readout's dtype."""
+    def readout(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Embeddings of what the last block gives: (C, n, D) -> (C, E), not normalised, in the readout's dtype.
+
+        Args:
+            x: as `run` gives it.
+            weights: (C, n) float, how much each token counts where tokens are pooled: the gates of `run`, or the
+                patches that each stands for. As much as any other where None.
+        """
+
+    def output(self, x: Tensor, weights: Tensor | None = None, learnable: int = 0) -> Any:
+        """What the module's own forward pass returns for what the last block gives: `readout`, if not more.
+
+        Args:
+            x, weights: as for `readout`.
+            learnable: so many of the tokens behind the prefix tokens are no patches.
+        """
+        return self.readout(x, weights)
 
     def run(
         self,
@@ -142,6 +165,7 @@ class Adapter(ABC):
         gates: Tensor | None = None,
         recompute: bool = False,
         before: Before | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """Blocks `start` to `stop` - 1; to the last one where `stop` is None.
 
@@ -152,6 +176,9 @@ class Adapter(ABC):
                 logarithm of 0 has no gradient. Prefix tokens have gate 1; so has every token where None.
             recompute: whether a block that a gradient flows through keeps its input alone, and is run again backwards.
             before: what is done to the tokens before every block; nothing where None.
+            places: (C or 1, n) int64, the patch ids 0 .. N-1 of tokens, N of those that have no place (prefix tokens,
+                learnable ones). Asked for where the tower is `rotary` alone; in the order of an image, learnable tokens
+                behind the patches, where None.
 
         Returns:
             (C, n, D). Of the last block only the tokens that `readout` reads.
@@ -159,13 +186,23 @@ class Adapter(ABC):
         for number in range(start, self.depth if stop is None else stop):
             x = x if before is None else before(x, number)
             if recompute and torch.is_grad_enabled():
-                x = checkpoint(self._block, x, number, gates, use_reentrant=False)
+                x = checkpoint(self._block, x, number, gates, places, use_reentrant=False)
             else:
-                x = self._block(x, number, gates)
+                x = self._block(x, number, gates, places)
         return x
 
-    def _block(self, x: Tensor, number: int, gates: Tensor | None) -> Tensor:
-        return self.mlp(self.attention(x, number, gates)[0], number)  # without a name the keys are free before the MLP
+    def _block(self, x: Tensor, number: int, gates: Tensor | None, places: Tensor | None) -> Tensor:
+        # Without a name the keys are free before the MLP.
+        return self.mlp(self.attention(x, number, gates, places=places)[0], number)
+
+    def own_block(self, x: Tensor, number: int) -> Tensor:
+        """What the module's own block makes of the tokens of a whole image, to compare with: (C, n, D) likewise."""
+        return self.blocks[number](x)
+
+    def in_order(self, n: int, device: torch.device) -> Tensor:
+        """The places of the first n tokens of an image and of learnable ones behind them, as for `run`: (1, n)."""
+        ids = torch.arange(n, device=device) - self.prefix_tokens
+        return ids.where((ids >= 0) & (ids < self.num_tokens), self.num_tokens)[None]
 
     @abstractmethod
     def embed_multiply_adds(self) -> int:
@@ -187,7 +224,11 @@ class Adapter(ABC):
     def readout_multiply_adds(self, n: int) -> int:
         """Of `readout` after blocks on n tokens."""
 
+    def output_multiply_adds(self, n: int) -> int:
+        """Of `output` after blocks on n tokens."""
+        return self.readout_multiply_adds(n)
+
     def full_multiply_adds(self) -> int:
         """Of an image in the module's own forward pass."""
         n = self.length
-        return self.embed_multiply_adds() + self.depth * self.block_multiply_adds(n) + self.readout_multiply_adds(n)
+        return self.embed_multiply_adds() + self.depth * self.block_multiply_adds(n) + self.output_multiply_adds(n)

@@ -63,8 +63,8 @@ def check(adapter: Adapter, name: str = "this model") -> None:
         if _same(adapter.readout(adapter.run(x)), own):
             return
         where = "what comes before or after its blocks"
-        for number, block in enumerate(adapter.blocks):
-            theirs, ours = block(x), adapter.run(x, number, number + 1)
+        for number in range(adapter.depth):
+            theirs, ours = adapter.own_block(x, number), adapter.run(x, number, number + 1)
             if not _same(ours, theirs[:, : ours.shape[1]]):
                 where = f"its block {number}"
                 break

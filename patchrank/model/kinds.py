@@ -7,8 +7,10 @@ from torch import nn
 from patchrank.errors import UserError
 from patchrank.model.adapter import Adapter
 from patchrank.model.open_clip_vit import OpenClipViT
+from patchrank.model.timm_eva import TimmEva
+from patchrank.model.timm_vit import TimmViT
 
-KINDS: tuple[type[Adapter], ...] = (OpenClipViT,)
+KINDS: tuple[type[Adapter], ...] = (OpenClipViT, TimmViT, TimmEva)
 
 
 def adapt(visual: nn.Module, name: str = "this model") -> Adapter:
@@ -17,11 +19,11 @@ def adapt(visual: nn.Module, name: str = "this model") -> Adapter:
     Raises:
         UserError: there is no kind that takes it; names the model and the reason.
     """
-    reason = f"its image tower is a {type(visual).__name__}"
-    kinds = [kind for kind in KINDS if isinstance(visual, kind.module)]
+    reason = f"its image tower is a {type(getattr(visual, 'trunk', visual)).__name__}"  # timm's, where it has a trunk
+    kinds = [kind for kind in KINDS if kind.takes(visual)]
     for kind in sorted(kinds, key=lambda kind: type(visual).__mro__.index(kind.module)):  # that of a subclass first
         refusal = kind.refusal(visual)
         if refusal is None:
             return kind(visual)
         reason = refusal
-    raise UserError(f"{name}: {reason}; patchrank takes plain vision transformers that are read at the class token")
+    raise UserError(f"{name}: {reason}; patchrank takes plain vision transformers")

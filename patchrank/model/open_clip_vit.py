@@ -1,4 +1,4 @@
-"""open_clip's own vision transformers, read out at their class token."""
+"""open_clip's own vision transformers, read out at their class token, by the mean over patches or by attention."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import (
     Attention,
+    AttentionalPooler,
     CustomResidualAttentionBlock,
     LayerNormFp32,
     QuickGELU,
@@ -22,15 +23,15 @@ from torch.nn.utils import parametrize
 
 from patchrank.model import fidelity
 from patchrank.model.adapter import Adapter
+from patchrank.model.attention import attend, attention_of, by_head, weighted_mean
 
 QUICK_GELU = 1.702  # QuickGELU(x) = x sigmoid(1.702 x)
 
 
 class OpenClipViT(Adapter):
-    """A `VisionTransformer` with one prefix token, the class token.
+    """A `VisionTransformer` with a class token, whichever of open_clip's two attention classes it was built with.
 
-    Attention is fused (`scaled_dot_product_attention`), whichever of open_clip's two attention classes the model was
-    built with, except in bfloat16 on a CPU, where that is slow, and with gates.
+    It is read at the class token, by the mean over patches (CLIPA) or by attention of learnt queries (CoCa).
     """
 
     module = VisionTransformer
@@ -45,13 +46,15 @@ class OpenClipViT(Adapter):
         self.hidden = self.blocks[0].mlp.c_fc.out_features
         self.embed_dim = visual.proj.shape[1]
         self.depth = len(self.blocks)
+        # Whether more than the class token is read of what the last block gives.
+        self.all_read = visual.attn_pool is not None or visual.pool_type != "tok" or visual.output_tokens
 
     @classmethod
     def refusal(cls, visual: Any) -> str | None:
         """As `Adapter.refusal`."""
-        if visual.attn_pool is not None:
-            return "its image tower pools tokens by attention"
-        if visual.pool_type != "tok":
+        if visual.attn_pool is not None and (visual.attn_pool_contrastive is not None or visual.pool_type != "tok"):
+            return f"its image tower pools tokens by attention, {visual.attn_pool_type or visual.pool_type}"
+        if visual.pool_type not in ("tok", "avg"):
             return f"its image tower pools tokens by '{visual.pool_type}'"
         if any(getattr(block.attn, "logit_scale", None) is not None for block in visual.transformer.resblocks):
             return "its blocks use scaled cosine attention"
@@ -77,6 +80,8 @@ class OpenClipViT(Adapter):
             f"activation {type(block.mlp.gelu).__name__} {getattr(block.mlp.gelu, 'approximate', None)} "
             f"norms {[module.eps for module in visual.modules() if isinstance(module, nn.LayerNorm)]} "
             f"pooled before the last {visual.final_ln_after_pool}"
+            + (f" pool {visual.pool_type}" if visual.pool_type != "tok" else "")
+            + ("" if visual.attn_pool is None else f" by {visual.attn_pool.attn.num_heads} heads")
         )
 
     def prepare(self, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -104,16 +109,21 @@ class OpenClipViT(Adapter):
         return self.visual._embeds(images)
 
     def attention(
-        self, x: Tensor, number: int, gates: Tensor | None = None, bias: Tensor | None = None
+        self,
+        x: Tensor,
+        number: int,
+        gates: Tensor | None = None,
+        bias: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `Adapter.attention`.
 
-        The class token of the last block attends to every token, but no other token's output is ever read: its queries,
-        output projection and MLP are the class token's alone.
+        Where the class token alone is read, it attends in the last block to every token, but no other token's output is
+        ever read: queries, output projection and MLP of that block are the class token's alone.
         """
-        block, last = self.blocks[number], number == self.depth - 1
+        block, last = self.blocks[number], number == self.depth - 1 and not self.all_read
         query, key, value = _project(block.attn, block.ln_1(x), class_token_only=last)
-        attended = _output(block.attn, _attend(query, key, value, gates, bias))  # (C, n or 1, D)
+        attended = _output(block.attn, attend(query, key, value, gates, bias))  # (C, n or 1, D)
         x = x[:, :1] if last else x
         return x + block.ls_1(getattr(block, "ln_attn", _IDENTITY)(attended)), key
 
@@ -122,17 +132,49 @@ class OpenClipViT(Adapter):
         block = self.blocks[number]
         return x + block.ls_2(block.mlp(block.ln_2(x)))
 
-    def class_attention(self, x: Tensor, number: int) -> Tensor:
-        """As `Adapter.class_attention`: the mean over heads of softmax(q k^T / sqrt(d))."""
-        block = self.blocks[number]
-        # (C, heads, 1, d) and (C, heads, 1 + n, d), d = D / heads
-        query, key, _ = _project(block.attn, block.ln_1(x), class_token_only=True)
-        logits = query.float() @ key.float().transpose(-1, -2) * query.shape[-1] ** -0.5  # (C, heads, 1, 1 + n)
-        return logits.softmax(dim=-1).mean(dim=1)[:, 0, self.prefix_tokens :]
+    def class_attention(self, x: Tensor, number: int, places: Tensor | None = None) -> Tensor:
+        """As `Adapter.class_attention`."""
+        visual, p = self.visual, self.prefix_tokens
+        if visual.attn_pool is not None:
+            query, key, _ = _pooling(visual.attn_pool, x, 1)
+            return attention_of(query, key)[:, p:]
+        block, by_class_token = self.blocks[number], visual.pool_type == "tok"
+        query, key, _ = _project(block.attn, block.ln_1(x), class_token_only=by_class_token)
+        return attention_of(query if by_class_token else query[:, :, p:], key)[:, p:]
 
-    def readout(self, x: Tensor) -> Tensor:
+    def readout(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         """As `Adapter.readout`."""
-        return self.visual.ln_post(x[:, 0].to(self.visual.proj.dtype)) @ self.visual.proj
+        return self._pool(x, weights, queries=1)[0] @ self.visual.proj
+
+    def output(self, x: Tensor, weights: Tensor | None = None, learnable: int = 0) -> Any:
+        """As `Adapter.output`: with `output_tokens` the tokens beside it, of attention's queries or of patches."""
+        visual = self.visual
+        if not visual.output_tokens:
+            return self.readout(x, weights)
+        pooled, tokens = self._pool(x, weights, queries=None)
+        return pooled @ visual.proj, tokens[:, 0 if visual.attn_pool is not None else learnable :]
+
+    def _pool(self, x: Tensor, weights: Tensor | None, queries: int | None) -> tuple[Tensor, Tensor]:
+        """What the projection is given, (C, D), and the tokens that `output_tokens` gives away, in its dtype.
+
+        Args:
+            queries: how many of an attentional pooler's queries ask; the first is the one that is projected.
+        """
+        visual, p, exact = self.visual, self.prefix_tokens, self.visual.proj.dtype
+        if visual.attn_pool is not None:
+            query, key, value = _pooling(visual.attn_pool, x, queries)
+            pooled = attend(query, key, value, weights).transpose(1, 2).flatten(2)  # (C, queries, E)
+            pooled = visual.ln_post(visual.attn_pool.attn.out_proj(pooled).to(exact))
+            return pooled[:, 0], pooled[:, 1:]
+        if visual.pool_type == "avg":
+            tokens = x[:, p:].to(exact)
+            tokens = tokens if visual.final_ln_after_pool else visual.ln_post(tokens)
+            pooled = weighted_mean(tokens, None if weights is None else weights[:, p:])
+            return visual.ln_post(pooled) if visual.final_ln_after_pool else pooled, tokens
+        if visual.final_ln_after_pool or not self.all_read:
+            return visual.ln_post(x[:, 0].to(exact)), x[:, p:]
+        x = visual.ln_post(x.to(exact))
+        return x[:, 0], x[:, p:]
 
     def embed_multiply_adds(self) -> int:
         """As `Adapter.embed_multiply_adds`."""
@@ -141,7 +183,7 @@ class OpenClipViT(Adapter):
     def block_multiply_adds(self, n: int, last: bool = False) -> int:
         """As `Adapter.block_multiply_adds`."""
         d = self.width
-        if last:  # keys and values of all tokens, the rest of the class token alone
+        if last and not self.all_read:  # keys and values of all tokens, the rest of the class token alone
             return 2 * d * d * n + 2 * d * d + 2 * n * d + self.mlp_multiply_adds(1)
         return 4 * d * d * n + 2 * n * n * d + self.mlp_multiply_adds(n)
 
@@ -151,17 +193,37 @@ class OpenClipViT(Adapter):
 
     def class_attention_multiply_adds(self, n: int) -> int:
         """As `Adapter.class_attention_multiply_adds`; the block's keys are computed a second time."""
-        return (2 * n + 1) * self.width**2 + n * self.width
+        if self.visual.attn_pool is not None:
+            return self._pooling_multiply_adds(n, 1, values=False)
+        if self.visual.pool_type == "tok":
+            return (2 * n + 1) * self.width**2 + n * self.width
+        return 3 * n * self.width**2 + n * (n - self.prefix_tokens) * self.width
 
     def readout_multiply_adds(self, n: int) -> int:
         """As `Adapter.readout_multiply_adds`."""
-        return self.visual.proj.numel()
+        pooling = 0 if self.visual.attn_pool is None else self._pooling_multiply_adds(n, 1)
+        return pooling + self.visual.proj.numel()
+
+    def output_multiply_adds(self, n: int) -> int:
+        """As `Adapter.output_multiply_adds`."""
+        pool = self.visual.attn_pool
+        pooling = 0 if pool is None else self._pooling_multiply_adds(n, len(pool.query))
+        return pooling + self.visual.proj.numel()
+
+    def _pooling_multiply_adds(self, n: int, queries: int, values: bool = True) -> int:
+        """Of attentional pooling of n tokens, or of its attention alone."""
+        e = self.visual.attn_pool.query.shape[1]
+        attention = queries * e * e + n * self.width * e + queries * n * e
+        return attention + (n * self.width * e + queries * n * e + queries * e * e if values else 0)
 
 
 def _replaced(visual: Any) -> Iterator[str | None]:
     """What stands between the modules and their weights, as of `fidelity.refusal`, module by module."""
     yield fidelity.refusal(visual, "its image tower")
     yield fidelity.refusal(visual.transformer, "its transformer", (Transformer,))
+    if visual.attn_pool is not None:
+        yield fidelity.refusal(visual.attn_pool, "its attentional pooler", (AttentionalPooler,))
+        yield fidelity.refusal(visual.attn_pool.attn, "the attention of its pooler", (nn.MultiheadAttention,))
     for number, block in enumerate(visual.transformer.resblocks):
         yield fidelity.refusal(block, f"its block {number}", (ResidualAttentionBlock, CustomResidualAttentionBlock))
         where = f"the attention of its block {number}"
@@ -199,41 +261,40 @@ def _project(attn: Any, x: Tensor, class_token_only: bool = False) -> tuple[Tens
         (C, heads, n or 1, D / heads), and twice (C, heads, n, D / heads).
     """
     width, weight, bias = x.shape[-1], attn.in_proj_weight, attn.in_proj_bias
-    heads = attn.num_heads
-
-    def by_head(parts: Tensor) -> Tensor:
-        """(C, n, k D) -> (C, k heads, n, D / heads)."""
-        return parts.unflatten(-1, (-1, width // heads)).transpose(1, 2)
-
+    head_width = width // attn.num_heads
     if class_token_only:
-        query = by_head(F.linear(x[:, :1], weight[:width], None if bias is None else bias[:width]))
-        key, value = by_head(F.linear(x, weight[width:], None if bias is None else bias[width:])).chunk(2, dim=1)
+        query = by_head(F.linear(x[:, :1], weight[:width], None if bias is None else bias[:width]), head_width)
+        both = F.linear(x, weight[width:], None if bias is None else bias[width:])
+        key, value = by_head(both, head_width).chunk(2, dim=1)
     else:
-        query, key, value = by_head(F.linear(x, weight, bias)).chunk(3, dim=1)
+        query, key, value = by_head(F.linear(x, weight, bias), head_width).chunk(3, dim=1)
     if isinstance(attn, Attention):
         query, key = attn.ln_q(query), attn.ln_k(key)
     return query, key, value
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, gates: Tensor | None, bias: Tensor | None) -> Tensor:
-    """softmax(query key^T / sqrt(d) + bias) value, with gates: (C, heads, q, d), twice (C, heads, n, d) -> the first's.
+def _pooling(pooler: Any, x: Tensor, queries: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of an attentional pooler.
 
     Args:
-        gates, bias: (C, n) each, or None.
+        x: (C, n, D).
+        queries: how many of its queries, the first; all where None.
+
+    Returns:
+        (C, heads, queries, d), and twice (C, heads, n, d), d = E / heads.
     """
-    scale = query.shape[-1] ** -0.5
-    added = None if bias is None else bias.to(query.dtype)[:, None, None]  # (C, 1, 1, n)
-    if gates is not None:
-        logits = query * scale @ key.transpose(-1, -2)  # (C, heads, q, n)
-        logits = logits if added is None else logits + added
-        exact = torch.promote_types(query.dtype, torch.float32)  # what is left of a weight may be small
-        weights = logits.softmax(dim=-1, dtype=exact) * gates.to(exact)[:, None, None]
-        return (weights / weights.sum(dim=-1, keepdim=True)).to(value.dtype) @ value
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        # PyTorch's fused kernel takes twice the time of two matrix products here; a chunk's weights fit the cache.
-        logits = query * scale @ key.transpose(-1, -2)
-        return (logits if added is None else logits + added).softmax(dim=-1) @ value
-    return F.scaled_dot_product_attention(query, key, value, added)
+    attn = pooler.attn
+    if attn.in_proj_weight is None:  # tokens are wider or narrower than what they are pooled into
+        weights = attn.q_proj_weight, attn.k_proj_weight, attn.v_proj_weight
+    else:
+        weights = attn.in_proj_weight.chunk(3)
+    biases = (None, None, None) if attn.in_proj_bias is None else attn.in_proj_bias.chunk(3)
+    asked, x = pooler.ln_q(pooler.query[:queries]), pooler.ln_k(x)
+    # The shape, not len(x), which torch.export would take for a constant.
+    asked = F.linear(asked, weights[0], biases[0]).expand(x.shape[0], -1, -1)  # (C, queries, E)
+    key, value = (F.linear(x, weight, bias) for weight, bias in zip(weights[1:], biases[1:], strict=True))
+    query, key, value = (by_head(part, attn.head_dim) for part in (asked, key, value))
+    return query, key, value
 
 
 def _output(attn: Any, y: Tensor) -> Tensor:

@@ -142,16 +142,18 @@ class Tower(nn.Module):
         adapter = self.adapter
         p, length = adapter.prefix_tokens, adapter.length
         if kept is None:
-            x = tokens if image is None else tokens[image]  # (C, p + N + b, D)
+            x, places = tokens if image is None else tokens[image], None  # (C, p + N + b, D)
         else:
             rows = torch.arange(kept.shape[0], device=kept.device) if image is None else image
             first = torch.arange(p, device=kept.device).expand(len(kept), -1)  # (C, p)
             extra = torch.arange(length, tokens.shape[1], device=kept.device).expand(len(kept), -1)  # (C, b)
             positions = torch.cat([first, kept + p, extra], dim=1)  # (C, p + n + b)
             x = tokens[rows[:, None], positions]  # (C, p + n + b, D)
+            places = adapter.in_order(tokens.shape[1], x.device)[0, positions] if adapter.rotary else None
         if gates is not None:
             gates = F.pad(gates, (p, tokens.shape[1] - length), value=1.0)  # (C, p + n + b)
-        return adapter.readout(adapter.run(x, self.cut, None, gates, self.recompute, before))  # (C, E)
+        x = adapter.run(x, self.cut, None, gates, self.recompute, before, places)
+        return adapter.readout(x, gates)  # (C, E)
 
     def prefix_multiply_adds(self) -> int:
         """Exact multiply-adds of `prefix` for an image; norms and activations not counted."""

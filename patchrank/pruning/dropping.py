@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchrank.model.adapter import Adapter, Before
 from patchrank.pruning.methods import Method
 from patchrank.pruning.prompts import VisualTokens
 from patchrank.pruning.schedule import Schedule, multiply_adds
-from patchrank.pruning.selector import Selector
+from patchrank.pruning.selector import Attention, Selector
 from patchrank.pruning.stand_in import StandIn
 
 
@@ -48,8 +50,11 @@ class PrunedTower(StandIn):
         """As `StandIn.idle`."""
         return not self.schedule
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Embeddings of pruned images, (B, 3, H, W) -> (B, E), as the original tower gives them: not normalised."""
+    def forward(self, images: Tensor) -> Any:
+        """Embeddings of pruned images, (B, 3, H, W) -> (B, E), as the original tower gives them: not normalised.
+
+        A tower with `output_tokens` gives the tokens that are left beside them.
+        """
         if self.idle:
             return self.original(images)
         adapter = self.adapter
@@ -59,16 +64,27 @@ class PrunedTower(StandIn):
         first = adapter.prefix_tokens  # the place of the first patch: after these and learnable tokens
         if self.tokens is not None and self.tokens.config.place == "input":
             x, first = self._join(adapter, x)
-        before = None
+        ids = None  # of the patches that are left, (B, n), in their order, where blocks ask for places
+        attention: Attention = None  # in the block before
         for number in range(adapter.depth):
             kept = self.schedule.get(number)
             if kept is not None:
-                x = self._drop(adapter, x, first, kept, before, number)
+                x, ids = self._drop(adapter, x, first, kept, attention, ids)
             if self.tokens is not None and self.tokens.config.place == "cut" and number == self.cut:
                 x, first = self._join(adapter, x)
-            before = x
-            x = adapter.run(x, number, number + 1, before=self._shifting(adapter, x.shape[1] - first, number))
-        return adapter.readout(x)
+            places = self._places(adapter, x, first, ids)
+            attention = partial(adapter.class_attention, x.detach(), number, places)
+            shifting = self._shifting(adapter, x.shape[1] - first, number)
+            x = adapter.run(x, number, number + 1, before=shifting, places=places)
+        return adapter.output(x, learnable=first - adapter.prefix_tokens)
+
+    def _places(self, adapter: Adapter, x: Tensor, first: int, ids: Tensor | None) -> Tensor | None:
+        """As of `Adapter.run`, of (B, first + n, D) tokens: (B or 1, first + n)."""
+        if not adapter.rotary:
+            return None
+        if ids is None:
+            ids = torch.arange(adapter.num_tokens, device=x.device)[None]  # (1, N)
+        return F.pad(ids, (first, 0), value=adapter.num_tokens)
 
     def _shifting(self, adapter: Adapter, patches: int, number: int) -> Before | None:
         """What learnable shifts do before a block, where so many patches are left."""
@@ -87,20 +103,34 @@ class PrunedTower(StandIn):
         p = adapter.prefix_tokens
         return torch.cat([x[:, :p], extra, x[:, p:]], dim=1), p + extra.shape[1]
 
-    def _drop(self, adapter: Adapter, x: Tensor, first: int, kept: int, before: Tensor | None, number: int) -> Tensor:
-        """The tokens that go on, the most useful patch first: (B, first + n, D) -> (B, first + kept, D)."""
+    def _drop(
+        self,
+        adapter: Adapter,
+        x: Tensor,
+        first: int,
+        kept: int,
+        attention: Attention,
+        ids: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The tokens that go on, the most useful patch first: (B, first + n, D) -> (B, first + kept, D), and their ids.
+
+        Args:
+            attention: as for a selector.
+            ids: (B, n) of the patches that are there; all of them, in order, where None.
+        """
         selector = self.selector
         assert selector is not None
-        if number != min(self.schedule) and not selector.tells_anew:
-            return x[:, : first + kept]  # they are in order already
+        if x.shape[1] - first < adapter.num_tokens and not selector.tells_anew:
+            return x[:, : first + kept], None if ids is None else ids[:, :kept]  # they are in order already
         there, p = x.shape[1] - first, adapter.prefix_tokens
         tokens = torch.cat([x[:, :p], x[:, first:]], dim=1) if first > p else x  # (B, p + n, D)
-        attention = None if before is None else partial(adapter.class_attention, before.detach(), number - 1)
         usefulness = selector(tokens.detach(), there, attention)  # (B, n)
         places = first + usefulness.topk(kept, dim=1).indices  # (B, kept), best first; ONNX has no stable sort
         # Whole rows: a gather goes number by number, and takes ten times as long on a CPU.
         chosen = x[torch.arange(x.shape[0], device=x.device)[:, None], places]  # (B, kept, D)
-        return torch.cat([x[:, :first], chosen], dim=1)
+        if adapter.rotary:
+            ids = places - first if ids is None else ids.gather(1, places - first)  # (B, kept)
+        return torch.cat([x[:, :first], chosen], dim=1), ids
 
     def multiply_adds(self) -> int:
         """As `StandIn.multiply_adds`."""

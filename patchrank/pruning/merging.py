@@ -7,11 +7,14 @@ patch ("proportional attention").
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchrank.model.adapter import Adapter, class_token_alone
+from patchrank.errors import UserError
+from patchrank.model.adapter import Adapter
 from patchrank.model.kinds import adapt
 from patchrank.pruning.methods import Method
 from patchrank.pruning.stand_in import StandIn
@@ -34,7 +37,7 @@ class MergedTower(StandIn):
         """As `StandIn.idle`."""
         return not any(self.merges)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         """Embeddings, (B, 3, H, W) -> (B, E), as the original tower gives them: not normalised."""
         if self.idle:
             return self.original(images)
@@ -43,7 +46,7 @@ class MergedTower(StandIn):
         sizes = x.new_ones(x.shape[:2], dtype=torch.float32)  # (B, p + N)
         for number, merges in enumerate([*self.merges, 0]):
             x, sizes = merge_block(adapter, number, x, sizes, merges)
-        return adapter.readout(x)
+        return adapter.output(x, sizes)
 
     def multiply_adds(self) -> int:
         """As `StandIn.multiply_adds`."""
@@ -54,10 +57,11 @@ def image_tower(visual: nn.Module, multiply_adds: int) -> MergedTower:
     """A tower that merges, at about so many multiply-adds an image.
 
     Raises:
-        UserError: its first patch is not behind a class token alone.
+        UserError: its blocks ask for the place of a token, and a merged one has none.
     """
     adapter = adapt(visual)
-    class_token_alone(adapter.prefix_tokens, "token merging takes")
+    if adapter.rotary:
+        raise UserError("token-merging: this tower turns tokens by their places (RoPE), and merged ones have none")
     return MergedTower(visual, merges_for(adapter, multiply_adds))
 
 
@@ -71,46 +75,46 @@ def merge_block(adapter: Adapter, number: int, x: Tensor, sizes: Tensor, merges:
 
     Args:
         adapter, number: the tower and the block.
-        x: (B, n, D), the class token first.
-        sizes: (B, n) float32, the patches that each token stands for; 1 for the class token.
-        merges: r, at most half of the tokens beside the class token.
+        x: (B, n, D), the prefix tokens first.
+        sizes: (B, n) float32, the patches that each token stands for; 1 for a prefix token.
+        merges: r, at most half of the tokens beside the prefix tokens.
 
     Returns:
-        (B, n - r, D) and (B, n - r); the class token is first.
+        (B, n - r, D) and (B, n - r); the prefix tokens are first.
     """
     x, key = adapter.attention(x, number, bias=sizes.log())  # (B, n, D), (B, heads, n, D / heads)
     if merges:
-        x, sizes = merge(x, sizes, key.mean(dim=1), merges)
+        x, sizes = merge(x, sizes, key.mean(dim=1), merges, adapter.prefix_tokens)
     return adapter.mlp(x, number), sizes
 
 
-def merge(x: Tensor, sizes: Tensor, metric: Tensor, merges: int) -> tuple[Tensor, Tensor]:
-    """Bipartite soft matching: tokens at even places each look for the most similar one at an odd place; the best
-    `merges` of these pairs become one token.
+def merge(x: Tensor, sizes: Tensor, metric: Tensor, merges: int, prefix: int = 1) -> tuple[Tensor, Tensor]:
+    """Bipartite soft matching: every second patch looks for the most similar one of the others; the best `merges` of
+    these pairs become one token.
 
     Args:
-        x: (B, n, D), the class token first, which never merges.
+        x: (B, n, D), the prefix tokens first, which never merge.
         sizes: (B, n) float32.
         metric: (B, n, d), whose cosine tells how alike two tokens are.
-        merges: 1 .. (n - 1) // 2.
+        merges: 1 .. (n - prefix) // 2.
+        prefix: the number of prefix tokens.
 
     Returns:
-        (B, n - merges, D) and (B, n - merges): the class token, the other tokens at even places that stay, then all at
-        odd places.
+        (B, n - merges, D) and (B, n - merges): the prefix tokens, those that looked and stay, then all others.
     """
-    metric = F.normalize(metric, dim=-1)
-    alike = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)  # (B, even, odd)
-    best, partner = alike[:, 1:].max(dim=-1)  # (B, even - 1) each, without the class token
-    order = best.argsort(dim=-1, descending=True)  # (B, even - 1)
+    metric = F.normalize(metric[:, prefix:], dim=-1)
+    alike = metric[:, 1::2] @ metric[:, ::2].transpose(1, 2)  # (B, look, others)
+    best, partner = alike.max(dim=-1)  # (B, look) each
+    order = best.argsort(dim=-1, descending=True)  # (B, look)
     leaving = order[:, :merges]  # (B, merges)
-    staying = order[:, merges:].sort(dim=-1).values  # (B, even - 1 - merges)
+    staying = order[:, merges:].sort(dim=-1).values  # (B, look - merges)
     target = partner.gather(1, leaving)[..., None]  # (B, merges, 1)
     summed = torch.cat([x * sizes[..., None], sizes[..., None]], dim=-1)  # (B, n, D + 1)
-    even, odd = summed[:, ::2], summed[:, 1::2]
-    moved = (even[:, 1:].gather(1, ids[..., None].expand(-1, -1, even.shape[2])) for ids in (staying, leaving))
-    stays, goes = moved  # (B, even - 1 - merges, D + 1), (B, merges, D + 1)
-    odd = odd.scatter_add(1, target.expand_as(goes), goes)  # (B, odd, D + 1)
-    total = torch.cat([even[:, :1], stays, odd], dim=1)  # (B, n - merges, D + 1)
+    first, look, others = summed[:, :prefix], summed[:, prefix + 1 :: 2], summed[:, prefix::2]
+    moved = (look.gather(1, ids[..., None].expand(-1, -1, look.shape[2])) for ids in (staying, leaving))
+    stays, goes = moved  # (B, look - merges, D + 1), (B, merges, D + 1)
+    others = others.scatter_add(1, target.expand_as(goes), goes)  # (B, others, D + 1)
+    total = torch.cat([first, stays, others], dim=1)  # (B, n - merges, D + 1)
     return (total[..., :-1] / total[..., -1:]).to(x.dtype), total[..., -1]
 
 
@@ -122,10 +126,11 @@ def merging_multiply_adds(adapter: Adapter, merges: list[int]) -> int:
     """
     n, total = adapter.length, adapter.embed_multiply_adds()
     for r in merges:
-        matching = ((n + 1) // 2) * (n // 2) * adapter.head_width if r else 0
+        patches = n - adapter.prefix_tokens
+        matching = (patches // 2) * ((patches + 1) // 2) * adapter.head_width if r else 0
         total += adapter.block_multiply_adds(n) - adapter.mlp_multiply_adds(r) + matching
         n -= r
-    return total + adapter.block_multiply_adds(n, last=True) + adapter.readout_multiply_adds(n)
+    return total + adapter.block_multiply_adds(n, last=True) + adapter.output_multiply_adds(n)
 
 
 def merges_for(adapter: Adapter, multiply_adds: int) -> list[int]:

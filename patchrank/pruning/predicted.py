@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from patchrank.data.pair_batches import PairBatch
-from patchrank.model.adapter import Adapter, class_token_alone
+from patchrank.model.adapter import Adapter
 from patchrank.pruning.bundle import Bundle
 from patchrank.pruning.methods import Method
 from patchrank.pruning.predictor import Predictor
@@ -22,8 +22,7 @@ class Predicted(Selector):
         self.predictor = predictor
 
     def forward(self, tokens: Tensor, count: int, attention: Attention, batch: PairBatch | None = None) -> Tensor:
-        """As `Selector.forward`; raises UserError for other prefix tokens than a class token."""
-        class_token_alone(tokens.shape[1] - count, "predictors take")
+        """As `Selector.forward`."""
         return self.predictor(tokens)
 
     def multiply_adds(self, adapter: Adapter, schedule: Mapping[int, int]) -> int:

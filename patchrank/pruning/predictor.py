@@ -1,6 +1,6 @@
 """The predictor: one small MLP-Mixer layer that tells the usefulness of every patch token at the cut.
 
-predictor = Predictor(PredictorConfig(tower.grid, tower.width))
+predictor = Predictor(PredictorConfig.of(tower))
 usefulness = predictor(tower.prefix(images))              # (B, N), high = keep
 kept = select(usefulness, tokens_kept(tower.num_tokens, 0.6))
 embeddings = tower.suffix(tokens, kept)
@@ -30,7 +30,6 @@ TARGETS = ("rank", "score")
 NAME = "predictor"  # of its files
 SCALED = -1  # a width by that of the tower
 LEAST_WIDTH = 16
-PREFIX_TOKENS = 1  # of the towers that predictors are for: the class token
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ class PredictorConfig:
         64, "hidden width of token mixing; 0 is --expansion times the tokens (%(default)s)", convert=lambda n: n or None
     )
     class_token: bool = flag(True, "leave the class token out of its input")  # whether it is mixed with the patches
+    prefix_tokens: int = 1  # of the tower: the class token, registers; all of them go with it
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(self.grid))  # JSON has lists
@@ -65,6 +65,11 @@ class PredictorConfig:
         """The shape that a file tells. Those of before 0.2 do not tell how tokens are mixed: by `expansion`."""
         return cls(**{"mixing": None, **config})
 
+    @classmethod
+    def of(cls, tower: Tower) -> PredictorConfig:
+        """The default shape for a tower."""
+        return cls(**tower_facts(tower))
+
     @property
     def num_tokens(self) -> int:
         """N, the number of patch tokens."""
@@ -73,7 +78,13 @@ class PredictorConfig:
     @property
     def mixed_tokens(self) -> int:
         """T, the number of tokens that are mixed."""
-        return self.num_tokens + (PREFIX_TOKENS if self.class_token else 0)
+        return self.num_tokens + (self.prefix_tokens if self.class_token else 0)
+
+
+def tower_facts(tower: Tower) -> dict[str, Any]:
+    """What a `PredictorConfig` is told of a tower."""
+    adapter = tower.adapter
+    return {"grid": adapter.grid, "input_width": adapter.width, "prefix_tokens": adapter.prefix_tokens}
 
 
 class Predictor(nn.Module):
@@ -102,7 +113,7 @@ class Predictor(nn.Module):
         Returns:
             (B, N) float32.
         """
-        end = PREFIX_TOKENS + self.config.num_tokens
+        end = self.config.prefix_tokens + self.config.num_tokens
         x = tokens[:, end - self.config.mixed_tokens : end].to(self.norm.weight.dtype)  # (B, T, D)
         x = self.project(self.norm(x))  # (B, T, width)
         x = x + self.channels(x)

@@ -81,8 +81,6 @@ def prune(
     visual = clip.visual
     visual = visual.original if isinstance(visual, StandIn) else visual
     adapter = adapt(visual)
-    if visual.output_tokens:
-        raise UserError("this model: its image tower gives all tokens away (output_tokens), so none can leave")
     bundle, method = _resolve(how)
     if bundle is not None:
         bundle.check(visual)

@@ -49,7 +49,7 @@ def scheduled_multiply_adds(adapter: Adapter, schedule: Schedule, extra: int = 0
         n = adapter.prefix_tokens + schedule[number] if number in schedule else n
         there = n + extra if join is not None and number >= join else n
         total += adapter.block_multiply_adds(there, last=number == adapter.depth - 1)
-    return total + adapter.readout_multiply_adds(there)
+    return total + adapter.output_multiply_adds(there)
 
 
 def multiply_adds(adapter: Adapter, method: Method, schedule: Schedule, cut: int) -> int:

@@ -66,7 +66,8 @@ def count_multiply_adds(visual: nn.Module) -> int:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # which hides what it does from the counter, as fused attention does
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        # The counter asks for the origin of every tensor that a gradient would flow to, so there must be one.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             tower(images)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -19,7 +19,6 @@ from patchrank.data.pairs import Pairs
 from patchrank.errors import UserError
 from patchrank.flags import at_least, flag
 from patchrank.model import loading
-from patchrank.model.adapter import class_token_alone
 from patchrank.model.classes import classes_of
 from patchrank.model.loading import Model
 from patchrank.model.tower import Tower
@@ -218,7 +217,6 @@ def open_images(source: ImageSource, seed: int = 0) -> tuple[TrainingImages, Mod
     tower = Tower(loaded.visual, cut, name=model)
     if corpus is not None:
         pairs.check(corpus, tower, loaded.weights)
-    class_token_alone(tower.adapter.prefix_tokens, "predictors take")
     loading.resolve_dtype(source.dtype, gpu=False)  # refuses other names
     known = None if corpus is None else classes_of(corpus)[1]
 

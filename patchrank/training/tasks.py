@@ -151,7 +151,7 @@ class PredictorTask(_ImagesTask):
     def settings(self) -> dict[str, Any]:
         return {
             **self.images.settings(),
-            "predictor": asdict(self.config),
+            "predictor": _told(self.config),
             "golden": self.golden,
             "loss": self.loss_name,
             "target": self.target,
@@ -370,6 +370,11 @@ class TokensTask(_ImagesTask):
             classes.save(storage.join(folder, CLASSES_FILE), Classes(embeddings, record["classes"], names))
         predictor.save(folder, learnt, record)
         prompts.save(folder, tokens, record)
+
+
+def _told(config: PredictorConfig) -> dict[str, Any]:
+    """Its fields, as trainings of before 0.2 tell them where they could be told."""
+    return {name: value for name, value in asdict(config).items() if (name, value) != ("prefix_tokens", 1)}
 
 
 def _figures(part: str, comparison: Comparison, suffix: Mapping[str, str]) -> dict[str, float]:

@@ -1,0 +1,203 @@
+"""Every kind of tower computes what its model computes, on all tokens and on some, and is searched and pruned so."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import onnxruntime
+import pytest
+import reference
+import torch
+import towers
+
+import patchrank
+from patchrank.errors import UserError
+from patchrank.model import fidelity
+from patchrank.model.kinds import adapt
+from patchrank.model.loading import tower_digest
+from patchrank.model.tower import Tower
+from patchrank.pruning.bundle import Bundle
+from patchrank.pruning.predictor import PredictorConfig
+from patchrank.pruning.prompts import TokensConfig, VisualTokens
+from patchrank.pruning.stand_in import count_multiply_adds
+from patchrank.search.config import SearchConfig
+from patchrank.search.searcher import Searcher
+from patchrank.tokens import select
+
+KEPT = torch.tensor([[0, 3, 7, 12, 19, 18, 4], [1, 2, 5, 11, 13, 17, 19]])
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 16, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def embeddings(model, images):
+    found = model.visual(images)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def masked(visual, images, kept, cut=1):
+    rows = [
+        towers.embed(visual, towers.prefix(visual, image, cut), ids)
+        for image, ids in zip(images, kept.tolist(), strict=True)
+    ]
+    return torch.stack(rows)
+
+
+def close(found, wanted):
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+
+
+def bundle_for(model, cut=1):
+    """A bundle whose predictor, tokens and shifts were never trained."""
+    torch.manual_seed(2)
+    tower = Tower(model.visual, cut)
+    about = {
+        "name": "small",
+        "pretrained": None,
+        "weights": {"float32": tower_digest(model.visual)},
+        "cut": cut,
+        "grid": [4, 5],
+        "blocks": 4,
+    }
+    bundle = Bundle(about, asdict(PredictorConfig.of(tower)), asdict(TokensConfig(32, count=3, shifted=3)))
+    for parameter in bundle.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return bundle
+
+
+@pytest.mark.parametrize("name", towers.NAMES)
+class TestEveryKind:
+    @pytest.mark.parametrize("cut", [0, 1, 3])
+    def test_all_tokens_some_and_gates(self, small_clip, images, name, cut):
+        """The model's own pass, and masks in its own modules."""
+        model = towers.build(small_clip, name, torch.float64)
+        fidelity.check(adapt(model.visual))
+        tower = Tower(model.visual, cut, torch.float64)
+        tokens = tower.prefix(images)
+        close(tower.suffix(tokens), embeddings(model, images))
+        close(masked(model.visual, images, torch.arange(20).expand(2, -1), cut), embeddings(model, images))
+        found = tower.suffix(tokens, KEPT)
+        close(found, masked(model.visual, images, KEPT, cut))
+        gates = torch.zeros(2, 20, dtype=torch.float64).scatter(1, KEPT, 1.0)
+        close(tower.suffix(tokens, gates=gates), found)
+
+    def test_it_is_pruned_as_it_is_trained_and_restored(self, small_clip, images, name):
+        model, images = towers.build(small_clip, name), images.float()
+        whole, bundle = embeddings(model, images), bundle_for(model)
+        tower = Tower(model.visual, 1)
+        tokens = bundle.tokens.prefix(tower, images)
+        stay = 9
+        before = bundle.tokens.before(tower.adapter, 1, stay)
+        wanted = tower.suffix(tokens, select(bundle.predictor(tokens), stay), before=before)
+        patchrank.prune(model, bundle, keep=0.6)
+        assert model.visual.schedule == {1: stay}
+        torch.testing.assert_close(embeddings(model, images), wanted)
+        assert count_multiply_adds(model.visual) == model.visual.multiply_adds()
+        patchrank.restore(model)
+        assert torch.equal(embeddings(model, images), whole)
+        assert count_multiply_adds(model.visual) == adapt(model.visual).full_multiply_adds()
+
+    def test_methods_without_training_are_counted(self, small_clip, images, name):
+        model = towers.build(small_clip, name)
+        for how in ("class-attention", "random", "token-merging"):
+            if how == "token-merging" and adapt(model.visual).rotary:
+                with pytest.raises(UserError, match="turns tokens by their places"):
+                    patchrank.prune(model, how, keep=0.5)
+                continue
+            keep = {1: 0.8, 3: 0.4} if how == "class-attention" else 0.5
+            patchrank.prune(model, how, keep=keep)
+            assert count_multiply_adds(model.visual) == model.visual.multiply_adds()
+            assert embeddings(model, images.float()).isfinite().all()
+
+    @pytest.mark.parametrize("score", ["preservation", "confidence", "label"])
+    def test_the_search_agrees_with_masks(self, small_clip, images, monkeypatch, name, score):
+        monkeypatch.setattr(reference, "embed", towers.embed)
+        monkeypatch.setattr(reference, "prefix", towers.prefix)
+        visual = towers.build(small_clip, name, torch.float64).visual
+        classes = torch.nn.functional.normalize(torch.randn(5, 24, dtype=torch.float64), dim=-1)
+        config = SearchConfig(score=score, remove_per_step=4, keep=0.3)
+        tower = Tower(visual, 1, torch.float64)
+        found = Searcher(tower, config, classes, 3.0, (0.5,), chunk=7).search(images, torch.tensor([0, 1]))
+        for row, image in enumerate(images):
+            wanted = reference.search(visual, image, config, 1, classes, 3.0, row, (0.5,))
+            assert found.ranking[row].tolist() == wanted["ranking"]
+            assert found.pruned_cosine[row, 0].item() == pytest.approx(wanted["pruned"][0][0], abs=1e-6)
+
+    def test_low_precision_keeps_the_embedding(self, small_clip, images, name):
+        visual = towers.build(small_clip, name).visual
+        exact = Tower(visual, 1)
+        wanted = exact.suffix(exact.prefix(images), KEPT)
+        for dtype, least in ((torch.bfloat16, 0.98), (torch.float16, 0.999)):
+            tower = Tower(visual, 1, dtype)
+            found = tower.suffix(tower.prefix(images), KEPT)
+            assert found.dtype == torch.float32
+            assert torch.cosine_similarity(found, wanted).min() > least
+
+    def test_compile_export_and_onnx(self, small_clip, images, name, tmp_path):
+        model, images = towers.build(small_clip, name), images.float()
+        patchrank.prune(model, bundle_for(model), keep=0.6)
+        whole = embeddings(model, images)
+        torch._dynamo.reset()
+        compiled = torch.compile(model.visual, fullgraph=True, backend="aot_eager")(images)
+        torch.testing.assert_close(compiled[0] if isinstance(compiled, tuple) else compiled, whole)
+        batch = {0: torch.export.Dim("batch", min=1, max=64)}
+        program = torch.export.export(model.visual, (images,), dynamic_shapes=(batch,))
+        exported = program.module()(images[:1])
+        torch.testing.assert_close(exported[0] if isinstance(exported, tuple) else exported, whole[:1])
+        path = str(tmp_path / "tower.onnx")
+        torch.onnx.export(model.visual, (images,), path, dynamo=True, dynamic_shapes=(batch,), verbose=False)
+        session = onnxruntime.InferenceSession(path)
+        found = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+        torch.testing.assert_close(torch.tensor(found), whole, atol=1e-3, rtol=0)
+
+
+def test_what_is_given_away_beside_the_embedding_is_of_patches_that_are_left(small_clip, images):
+    model, images = towers.build(small_clip, "tokens"), images.float()
+    patchrank.prune(model, bundle_for(model), keep=0.6)
+    pooled, tokens = model.visual(images)
+    assert pooled.shape == (2, 24) and tokens.shape == (2, 9, 32)
+    coca = towers.build(small_clip, "coca")
+    queries = coca.visual(images)[1]
+    patchrank.prune(coca, "random", keep=0.9)
+    assert coca.visual(images)[1].shape == queries.shape == (2, 4, 24)
+
+
+def test_digests_tell_towers_apart_whose_weights_are_the_same(small_clip):
+    found = {tower_digest(small_clip(**config).visual) for config in ({}, {"pool_type": "avg"})}
+    assert len(found) == 2
+    visual = towers.build(small_clip, "pe").visual
+    before = tower_digest(visual)
+    visual.trunk.rope.update_feat_shape((5, 4))
+    assert tower_digest(visual) != before
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda visual: setattr(visual.trunk, "global_pool", "max"), "pools tokens by 'max'"),
+        (lambda visual: setattr(visual.trunk, "dynamic_img_size", True), "images of any size"),
+        (lambda visual: setattr(visual.trunk.blocks[2], "attn", torch.nn.Identity()), "attention of its block 2 is a"),
+        (lambda visual: setattr(visual, "image_size", (32, 40)), "images of 16 x 20, not of 32 x 40"),
+        (lambda visual: setattr(visual, "trunk", torch.nn.Linear(1, 1)), "its image tower is a Linear"),
+        (
+            lambda visual: visual.trunk.blocks[1].attn.qkv.register_forward_hook(print),
+            "input projection in the attention of its block 1 has a hook",
+        ),
+    ],
+)
+def test_what_is_not_known_is_refused_by_name(small_clip, change, reason):
+    model = towers.build(small_clip, "siglip")
+    change(model.visual)
+    with pytest.raises(UserError, match=reason):
+        patchrank.prune(model, "random")
+
+
+def test_shifts_are_of_no_prefix_where_there_is_none(small_clip):
+    tower = Tower(towers.build(small_clip, "siglip").visual, 1)
+    tokens = VisualTokens(TokensConfig(32, count=2, shifted=3))
+    tokens.shifts.data.normal_()
+    x = torch.zeros(1, 10 + 2, 32)
+    found = tokens.before(tower.adapter, 1, 10)(x, 1)
+    torch.testing.assert_close(found[0, :10], (1 - 12 / 20) * tokens.shifts[0, 1].expand(10, -1))
