@@ -131,7 +131,7 @@ def by_effects(config, everything, blocks, embedding_of, score_of):
 @torch.no_grad()
 def search(visual, image, config, cut, classes=None, logit_scale=100.0, label=None, keep_rates=()):
     """One image's ranking, score and step by token id, and per keep rate (cosine, prediction, confidence)."""
-    rows, columns = visual.grid_size
+    rows, columns = (visual.trunk.patch_embed if hasattr(visual, "trunk") else visual).grid_size
     everything = range(rows * columns)
     start = prefix(visual, image, cut)
     full = embed(visual, start, everything)

@@ -152,5 +152,3 @@ def _read(visual, x, stays):
     else:
         x = visual.ln_post(x)[:, 0]
     return x @ visual.proj
-
-

@@ -1,4 +1,4 @@
-"""The predictor: one small MLP-Mixer layer that tells the usefulness of every patch token at the cut.
+"""The predictor: small MLP-Mixer layers that tell the usefulness of every patch token at the cut.
 
 predictor = Predictor(PredictorConfig.of(tower))
 usefulness = predictor(tower.prefix(images))              # (B, N), high = keep
@@ -6,8 +6,9 @@ kept = select(usefulness, tokens_kept(tower.num_tokens, 0.6))
 embeddings = tower.suffix(tokens, kept)
 
 Section 3.2 of the paper (arXiv 2409.14607): channel mixing, then token mixing, each a residual MLP (linear, layer norm,
-GELU, linear), then the mean over channels. Ours first projects the channels to an eighth of the tower's width, and
-mixes tokens through a hidden layer that does not grow with their number, so that it is small beside every tower.
+GELU, linear), then the mean over channels. Ours first projects the channels to an eighth of the tower's width, adds a
+learnt vector to every position, mixes tokens through a hidden layer that does not grow with their number, so that it is
+small beside every tower, and ends with a learnt readout instead of the mean.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ TARGETS = ("rank", "score")
 NAME = "predictor"  # of its files
 SCALED = -1  # a width by that of the tower
 LEAST_WIDTH = 16
+LAYERS = 2
+# What files of before a field was there mean by its absence.
+BEFORE = {"mixing": None, "prefix_tokens": 1, "layers": 1, "readout": False}
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class PredictorConfig:
     mixing: int | None = flag(  # None is `expansion` times the tokens
         64, "hidden width of token mixing; 0 is --expansion times the tokens (%(default)s)", convert=lambda n: n or None
     )
+    layers: int = flag(LAYERS, "mixer layers (%(default)s)")
+    readout: bool = flag(True, "no vectors of positions, and the mean over channels at the end, as in the paper")
     class_token: bool = flag(True, "leave the class token out of its input")  # whether it is mixed with the patches
     prefix_tokens: int = 1  # of the tower: the class token, registers; all of them go with it
 
@@ -56,14 +62,14 @@ class PredictorConfig:
         object.__setattr__(self, "grid", tuple(self.grid))  # JSON has lists
         if self.width == SCALED:
             object.__setattr__(self, "width", max(LEAST_WIDTH, self.input_width // 8))
-        at_least(self, 1, "width", "mixing")
+        at_least(self, 1, "width", "mixing", "layers")
         if self.expansion <= 0:
             raise UserError(f"--expansion {self.expansion}: must be above 0")
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> PredictorConfig:
-        """The shape that a file tells. Those of before 0.2 do not tell how tokens are mixed: by `expansion`."""
-        return cls(**{"mixing": None, **config})
+        """The shape that a file tells; those of before 0.2 do not tell all of it."""
+        return cls(**{**BEFORE, **config})
 
     @classmethod
     def of(cls, tower: Tower) -> PredictorConfig:
@@ -102,7 +108,14 @@ class Predictor(nn.Module):
         self.project = nn.Linear(config.input_width, width) if config.width else nn.Identity()
         self.channels = _mlp(width, round(width * config.expansion))
         tokens = config.mixed_tokens
-        self.positions = _mlp(tokens, config.mixing or round(tokens * config.expansion))
+        mixing = config.mixing or round(tokens * config.expansion)
+        self.positions = _mlp(tokens, mixing)
+        further = [
+            (_mlp(width, round(width * config.expansion)), _mlp(tokens, mixing)) for _ in range(config.layers - 1)
+        ]
+        self.further = nn.ModuleList(nn.ModuleList(layer) for layer in further)
+        self.places = nn.Parameter(torch.zeros(tokens, width)) if config.readout else None
+        self.readout = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1)) if config.readout else None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Usefulness of each patch token, high = keep.
@@ -116,20 +129,40 @@ class Predictor(nn.Module):
         end = self.config.prefix_tokens + self.config.num_tokens
         x = tokens[:, end - self.config.mixed_tokens : end].to(self.norm.weight.dtype)  # (B, T, D)
         x = self.project(self.norm(x))  # (B, T, width)
-        x = x + self.channels(x)
+        x = x if self.places is None else x + self.places
+        *layers, (channels, positions) = self._layers()
+        for mix_channels, mix_tokens in layers:
+            x = x + mix_channels(x)
+            x = x + mix_tokens(x.transpose(1, 2)).transpose(1, 2)
+        x = x + channels(x)
+        if self.readout is not None:
+            x = x + positions(x.transpose(1, 2)).transpose(1, 2)
+            return self.readout(x)[:, -self.config.num_tokens :, 0].float()  # (B, N)
         # The mean over channels of what the last layer makes is what it makes of the mean: a width-th of the cost.
-        into, norm, activation, out_of = self.positions
+        into, norm, activation, out_of = positions
         mixed = out_of(activation(norm(into(x.transpose(1, 2)))).mean(dim=1))  # (B, T)
         return (x.mean(dim=2) + mixed)[:, -self.config.num_tokens :].float()  # (B, N)
+
+    def _layers(self) -> list[Any]:
+        """What mixes channels and what mixes tokens, of each layer."""
+        return [(self.channels, self.positions), *self.further]
 
     def multiply_adds(self) -> int:
         """Exact multiply-adds of an image; norms, activations and the mean are not counted."""
         rows = self.config.mixed_tokens
         width = self.config.width or self.config.input_width
-        by_token = [layer for part in (self.project, self.channels) for layer in part.modules()]
-        total = sum(layer.weight.numel() * rows for layer in by_token if isinstance(layer, nn.Linear))
-        first, last = (layer.weight.numel() for layer in self.positions if isinstance(layer, nn.Linear))
-        return total + width * first + last
+        layers = self._layers()
+        by_token = [self.project, *(channels for channels, _ in layers)]
+        by_token += [] if self.readout is None else [self.readout]
+        total = rows * sum(map(_weights, by_token)) + width * sum(_weights(positions) for _, positions in layers)
+        if self.readout is None:  # the last layer of all makes one number of each token
+            total -= (width - 1) * layers[-1][1][-1].weight.numel()
+        return total
+
+
+def _weights(module: nn.Module) -> int:
+    """How many numbers are in the matrices of its linear layers."""
+    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
 
 
 def _mlp(size: int, hidden: int) -> nn.Sequential:

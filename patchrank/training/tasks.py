@@ -373,8 +373,9 @@ class TokensTask(_ImagesTask):
 
 
 def _told(config: PredictorConfig) -> dict[str, Any]:
-    """Its fields, as trainings of before 0.2 tell them where they could be told."""
-    return {name: value for name, value in asdict(config).items() if (name, value) != ("prefix_tokens", 1)}
+    """Its fields, without those that were not there before where they are as they were: such trainings go on."""
+    old = {**predictor.BEFORE, "mixing": ...}  # which was always told
+    return {name: value for name, value in asdict(config).items() if name not in old or old[name] != value}
 
 
 def _figures(part: str, comparison: Comparison, suffix: Mapping[str, str]) -> dict[str, float]:

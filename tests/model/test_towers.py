@@ -102,7 +102,7 @@ class TestEveryKind:
     def test_methods_without_training_are_counted(self, small_clip, images, name):
         model = towers.build(small_clip, name)
         for how in ("class-attention", "random", "token-merging"):
-            if how == "token-merging" and adapt(model.visual).rotary:
+            if how == "token-merging" and adapt(patchrank.restore(model).visual).rotary:
                 with pytest.raises(UserError, match="turns tokens by their places"):
                     patchrank.prune(model, how, keep=0.5)
                 continue

@@ -37,30 +37,41 @@ def test_one_number_for_every_patch_of_any_grid(grid, class_token):
 
 @pytest.mark.parametrize("class_token", [True, False])
 @pytest.mark.parametrize("width", [64, None])
-def test_multiply_adds_are_exact(width, class_token):
-    predictor = Predictor(PredictorConfig((4, 5), 96, width=width, expansion=1.5, class_token=class_token))
+@pytest.mark.parametrize("layers, readout", [(1, True), (1, False), (3, True), (2, False)])
+def test_multiply_adds_are_exact(width, class_token, layers, readout):
+    shape = {"width": width, "expansion": 1.5, "class_token": class_token, "layers": layers, "readout": readout}
+    predictor = Predictor(PredictorConfig((4, 5), 96, **shape))
     with FlopCounterMode(display=False) as counter:
         predictor(torch.randn(1, 21, 96))
     assert predictor.multiply_adds() * 2 == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("mixing", [None, 7])
-def test_tokens_are_mixed_into_every_channel_and_channels_averaged(mixing):
-    """The paper's order of the two, which are both linear: the average first is cheaper."""
-    predictor = Predictor(PredictorConfig((4, 5), 32, width=8, mixing=mixing)).double()
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("readout", [True, False])
+def test_tokens_are_mixed_into_every_channel_and_channels_read_out(mixing, layers, readout):
+    """The paper's order of mixing and mean, which are both linear: the mean first is cheaper."""
+    predictor = Predictor(PredictorConfig((4, 5), 32, width=8, mixing=mixing, layers=layers, readout=readout)).double()
+    for parameter in predictor.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
     tokens = torch.randn(3, 21, 32, dtype=torch.float64)
     x = predictor.project(predictor.norm(tokens))
-    x = x + predictor.channels(x)
-    x = x + predictor.positions(x.transpose(1, 2)).transpose(1, 2)
-    torch.testing.assert_close(predictor(tokens).double(), x.mean(dim=2)[:, 1:], rtol=1e-5, atol=1e-6)
+    x = x + predictor.places if readout else x
+    for channels, positions in [(predictor.channels, predictor.positions), *predictor.further]:
+        x = x + channels(x)
+        x = x + positions(x.transpose(1, 2)).transpose(1, 2)
+    wanted = predictor.readout(x)[..., 0] if readout else x.mean(dim=2)
+    torch.testing.assert_close(predictor(tokens).double(), wanted[:, 1:], rtol=1e-5, atol=1e-6)
 
 
 def test_predictors_of_before_are_read():
-    """Files of 0.1 do not tell how tokens are mixed."""
+    """Files of 0.1 tell neither how tokens are mixed nor how channels are read out."""
     config = PredictorConfig.read(
         {"grid": [4, 5], "input_width": 32, "width": 64, "expansion": 2.0, "class_token": True}
     )
-    assert Predictor(config).positions[0].out_features == 42
+    old = Predictor(config)
+    assert old.positions[0].out_features == 42 and old.readout is None
+    assert {name.split(".")[0] for name in old.state_dict()} == {"norm", "project", "channels", "positions"}
 
 
 def test_the_default_is_small_beside_every_tower_and_the_papers_form_costs_5_percent():
@@ -69,7 +80,8 @@ def test_the_default_is_small_beside_every_tower_and_the_papers_form_costs_5_per
     embedded = Tower(loading.load(assets.MODEL).visual)
     small = Predictor(PredictorConfig(embedded.grid, embedded.width))
     assert small.multiply_adds() <= 0.02 * embedded.adapter.full_multiply_adds()
-    paper = PredictorConfig((14, 14), 768, width=None, expansion=4, mixing=None, class_token=False)
+    shape = {"width": None, "expansion": 4, "mixing": None, "readout": False, "class_token": False}
+    paper = PredictorConfig((14, 14), 768, **shape)
     assert 0.04 < Predictor(paper).multiply_adds() / VIT_B_16 < 0.06
 
 
