@@ -194,7 +194,7 @@ class OpenClipViT(Adapter):
     def class_attention_multiply_adds(self, n: int) -> int:
         """As `Adapter.class_attention_multiply_adds`; the block's keys are computed a second time."""
         if self.visual.attn_pool is not None:
-            return self._pooling_multiply_adds(n, 1, values=False)
+            return self._pooling_multiply_adds(n, 1, attention_alone=True)
         if self.visual.pool_type == "tok":
             return (2 * n + 1) * self.width**2 + n * self.width
         return 3 * n * self.width**2 + n * (n - self.prefix_tokens) * self.width
@@ -210,11 +210,11 @@ class OpenClipViT(Adapter):
         pooling = 0 if pool is None else self._pooling_multiply_adds(n, len(pool.query))
         return pooling + self.visual.proj.numel()
 
-    def _pooling_multiply_adds(self, n: int, queries: int, values: bool = True) -> int:
-        """Of attentional pooling of n tokens, or of its attention alone."""
+    def _pooling_multiply_adds(self, n: int, queries: int, attention_alone: bool = False) -> int:
+        """Of attentional pooling of n tokens, or of what tells its attention: values are computed beside the keys."""
         e = self.visual.attn_pool.query.shape[1]
-        attention = queries * e * e + n * self.width * e + queries * n * e
-        return attention + (n * self.width * e + queries * n * e + queries * e * e if values else 0)
+        attention = queries * e * e + 2 * n * self.width * e + queries * n * e
+        return attention + (0 if attention_alone else queries * n * e + queries * e * e)
 
 
 def _replaced(visual: Any) -> Iterator[str | None]:

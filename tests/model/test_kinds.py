@@ -36,7 +36,7 @@ class Averaged(OpenClipViT):
     def attention(self, x, number, gates=None, bias=None, places=None):
         block = self.blocks[number]
         y = block.ln_1(x)
-        return x + block.attn(y, y, y, need_weights=False)[0], y
+        return x + block.attn(y, y, y, need_weights=False)[0], y[:, None, :, : self.head_width]
 
     def readout(self, x, weights=None):
         return super().readout(x.mean(dim=1, keepdim=True))
