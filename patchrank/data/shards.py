@@ -111,7 +111,7 @@ def read(uri: str, limit: int | None = None) -> Iterator[Sample | Reject]:
     """
     try:
         system, path = storage.resolve(uri)
-        file = system.open_input_file(path)
+        file = storage.patiently(uri, lambda: system.open_input_file(path))
     except (OSError, UserError) as error:
         raise ShardError(one_line(error)) from None
     seen: set[str] = set()

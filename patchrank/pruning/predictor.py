@@ -31,6 +31,7 @@ TARGETS = ("rank", "score")
 NAME = "predictor"  # of its files
 SCALED = -1  # a width by that of the tower
 LEAST_WIDTH = 16
+MOST_MIXING = 64
 LAYERS = 2
 # What files of before a field was there mean by its absence.
 BEFORE = {"mixing": None, "prefix_tokens": 1, "layers": 1, "readout": False}
@@ -51,7 +52,9 @@ class PredictorConfig:
     # Of both MLPs in the paper, whose 6 % mean 4.
     expansion: float = flag(2.0, "hidden width of channel mixing as a multiple of its input (%(default)g)")
     mixing: int | None = flag(  # None is `expansion` times the tokens
-        64, "hidden width of token mixing; 0 is --expansion times the tokens (%(default)s)", convert=lambda n: n or None
+        SCALED,
+        f"hidden width of token mixing; 0 is --expansion times the tokens (twice --width, at most {MOST_MIXING})",
+        convert=lambda n: n or None,
     )
     layers: int = flag(LAYERS, "mixer layers (%(default)s)")
     readout: bool = flag(True, "no vectors of positions, and the mean over channels at the end, as in the paper")
@@ -62,6 +65,8 @@ class PredictorConfig:
         object.__setattr__(self, "grid", tuple(self.grid))  # JSON has lists
         if self.width == SCALED:
             object.__setattr__(self, "width", max(LEAST_WIDTH, self.input_width // 8))
+        if self.mixing == SCALED:
+            object.__setattr__(self, "mixing", min(MOST_MIXING, 2 * (self.width or MOST_MIXING)))
         at_least(self, 1, "width", "mixing", "layers")
         if self.expansion <= 0:
             raise UserError(f"--expansion {self.expansion}: must be above 0")

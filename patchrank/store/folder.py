@@ -193,15 +193,19 @@ class Folder:
         if rejects:
             rows = [{"key": reject.key, "shard": shard, "reason": reject.reason} for reject in rejects]
             data = serialise(pa.Table.from_pylist(rows, REJECTS_SCHEMA), metadata)
-            storage.write_atomic(rejects_file, data)
+            self._write(rejects_file, data)
             size += len(data)
         else:
             storage.delete(rejects_file)  # of an earlier try that could read less of the shard
         data = encode(table, metadata)
-        storage.write_atomic(storage.join(self.uri, name), data)
+        self._write(storage.join(self.uri, name), data)
         if error is None:
             self.clear_failure(shard)
         return size + len(data)
+
+    def _write(self, uri: str, data: bytes) -> None:
+        """As `storage.write_atomic`, and patient: minutes of work would be lost with a shard's rows."""
+        storage.patiently(uri, lambda: storage.write_atomic(uri, data))
 
     def record_failure(self, shard: str, error: str) -> None:
         """Note that a shard could not be read, or only in part: it counts as not finished until `clear_failure`."""

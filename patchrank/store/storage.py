@@ -6,7 +6,9 @@ import contextlib
 import functools
 import os
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from pyarrow import fs
 
@@ -14,6 +16,10 @@ from patchrank.errors import UserError
 
 # How often S3 is asked before an error is reported: with pauses that double, two minutes of a bucket that only fails.
 ATTEMPTS = 10
+# Seconds before what was denied is asked for once more: a role that was just made, or a clock that was just set, takes
+# up to a minute to be known everywhere.
+DENIED_PAUSES = (1, 4, 10, 20)
+_in_vain: set[str] = set()  # buckets that denied all of these: where a thousand shards are denied, one is waited for
 _S3_OPTIONS = {
     "connect_timeout": 10,  # seconds
     "request_timeout": 20,  # seconds without a byte
@@ -105,6 +111,31 @@ def one_line_errors(folder: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{folder}: {one_line(error)}; finished shards are kept") from None
+
+
+_Found = TypeVar("_Found")
+
+
+def patiently(uri: str, call: Callable[[], _Found]) -> _Found:
+    """What a call gives that asks for a remote file; where it is denied, after some seconds, what it gives then.
+
+    Raises:
+        OSError: as the call does, once it was denied after every pause, or for another reason.
+    """
+    bucket = "/".join(uri.split("/")[:3])
+    for pause in () if is_local(uri) or bucket in _in_vain else DENIED_PAUSES:
+        try:
+            return call()
+        except OSError as error:
+            if "ACCESS_DENIED" not in str(error):
+                raise
+        time.sleep(pause)
+    try:
+        return call()
+    except OSError as error:
+        if "ACCESS_DENIED" in str(error):
+            _in_vain.add(bucket)
+        raise
 
 
 def read_bytes(uri: str) -> bytes:

@@ -78,8 +78,8 @@ def test_the_default_is_small_beside_every_tower_and_the_papers_form_costs_5_per
     """The paper's own 6 % mix tokens into every channel before these are averaged."""
     assert Predictor(PredictorConfig((14, 14), 768)).multiply_adds() <= 0.002 * VIT_B_16
     embedded = Tower(loading.load(assets.MODEL).visual)
-    small = Predictor(PredictorConfig(embedded.grid, embedded.width))
-    assert small.multiply_adds() <= 0.02 * embedded.adapter.full_multiply_adds()
+    small = Predictor(PredictorConfig.of(embedded))
+    assert small.multiply_adds() <= 0.03 * embedded.adapter.full_multiply_adds()
     shape = {"width": None, "expansion": 4, "mixing": None, "readout": False, "class_token": False}
     paper = PredictorConfig((14, 14), 768, **shape)
     assert 0.04 < Predictor(paper).multiply_adds() / VIT_B_16 < 0.06
