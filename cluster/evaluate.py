@@ -165,6 +165,7 @@ def run(job: EvaluationJob) -> EvaluationSummary:
         shared = Shared(ray.put(found.tower), ray.put(model.preprocess()), places, job.max_pixels)
         size = min(places.actors, max(1, len(todo), len(prototypes)))
         pool = Pool(EvaluationActor, shared, size, places.cpus, places.gpus, (OutputError,), places.room)
+        pool.patience = job.machines.patience
         batch = job.images_per_batch or (64 if places.gpu else 8)
         known = settle(pool, classes, folder.uri, batch)
         plan = EvaluationPlan(

@@ -48,7 +48,12 @@ class Pool:
         fatal: exceptions of the actors' methods that end `run`; others fail the item alone.
         at_once: items that an actor has at a time, each on a thread of its own, while there are enough for all actors.
             An item that has failed has its next actor to itself: it may be the item's fault.
+
+    Attributes:
+        patience: seconds without any actor, after there were some, before `run` gives up.
     """
+
+    patience = float("inf")
 
     def __init__(
         self,
@@ -71,6 +76,7 @@ class Pool:
         self._fatal = fatal
         self._starting: dict[Any, Any] = {}  # ready call -> actor
         self._up: dict[Any, str] = {}  # actors that take items, and their processes
+        self._seen: float | None = None  # when there last was such an actor
         self._condemned: dict[Any, str] = {}  # actor -> its process that was killed: that takes a moment
         self._busy: dict[Any, tuple[Any, str]] = {}  # call -> actor, item
         self._killed: set[Any] = set()  # calls that end because another item of their actor failed
@@ -105,7 +111,7 @@ class Pool:
             times: before that it may be the actor's device or machine. A `Failed` that the method returns is final.
 
         Raises:
-            UserError: no actor can be started.
+            UserError: no actor can be started, or none came back.
             Exception: one of `fatal`, from a method.
         """
         waiting = deque(items)
@@ -123,6 +129,7 @@ class Pool:
             if time.monotonic() >= next_tick:
                 self._poll()
                 tick()
+                self._give_up(len(waiting))
                 next_tick = time.monotonic() + POLL_SECONDS
             for call in done:
                 if call in self._starting:
@@ -156,6 +163,16 @@ class Pool:
                         continue
                     result = Failed(failure)
                 yield item, result
+
+    def _give_up(self, waiting: int) -> None:
+        """Raise UserError where all machines were taken away for so long that nobody seems to bring them back."""
+        if self._up:
+            self._seen = time.monotonic()
+        elif self._seen is not None and time.monotonic() - self._seen > self.patience:
+            raise UserError(
+                f"no worker has been up for {self.patience:g} s, and {waiting + len(self._busy)} of the shards are "
+                "left; the same command goes on from here once there are machines; --patience gives them longer"
+            )
 
     def _free(self, waiting: Sequence[str]) -> Any | None:
         """The actor that is to have the next of the items that wait, one with the fewest; None while all are busy."""

@@ -118,6 +118,7 @@ def search(job: SearchJob) -> SearchSummary:
         size = min(places.actors, max(len(todo), len(prototypes)))
         at_once = 2 if places.gpu else 1  # a CPU decodes with the very cores that search
         pool = Pool(RankingActor, shared, size, places.cpus, places.gpus, (OutputError,), places.room, at_once=at_once)
+        pool.patience = job.machines.patience
         plan = plan_of(job, folder, model, places)
         known = settle(pool, classes, folder.uri, plan.images_per_batch)
         plan = replace(plan, classes=known.embeddings if known else None)

@@ -76,6 +76,19 @@ def test_every_item_is_done_whatever_becomes_of_the_others(tmp_path):
     assert dict(pool.run("work", ["e"], "?")) == {"e": "e?"}  # the actors are still of use
 
 
+def test_machines_that_never_come_back_are_not_waited_for_forever(tmp_path):
+    """As if the machine of the only actor had been taken away: Ray waits for room to start it again."""
+    pool = Pool(Worker, tmp_path, size=1, cpus=1, gpus=0)
+    assert dict(pool.run("work", ["a"], "!")) == {"a": "a!"}
+    pool.patience = 2
+    (actor,) = pool._up
+    pool._up.clear()
+    pool._starting[ray.remote(num_cpus=1_000_000)(process_id).remote()] = actor
+    with pytest.raises(UserError, match=r"^no worker has been up for 2 s, and 2 of the shards are left; the same"):
+        list(pool.run("work", ["b", "c"], "!"))
+    ray.kill(actor)
+
+
 def test_an_actor_has_two_items_at_once(tmp_path):
     pool = Pool(Worker, tmp_path, size=1, cpus=1, gpus=0, at_once=2)
     assert set(dict(pool.run("work", ["pair-1", "pair-2"], ""))) == {"pair-1", "pair-2"}

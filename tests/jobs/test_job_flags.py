@@ -20,6 +20,7 @@ RATES = [0.8, 0.7, 0.6, 0.5, 0.4]
 CLASSES = {"classes": None, "templates": ["photo"], "class_embeddings": None, "prototypes": []}
 MODEL = {"model": None, "pretrained": None, "cut": None, "dtype": "auto"}
 ACTORS = {name: None for name in ("address", "actors", "cpus_per_actor", "gpus_per_actor", "images_per_batch")}
+ACTORS["patience"] = 600.0
 IMAGES = {
     "rankings": "rankings", "shards": None, "model": None, "pretrained": None, "dtype": "auto",
     "held_out": 0.1, "test": None, "measured": 1000, "cache_features": None, "cut": None, "recompute": False,
@@ -43,7 +44,8 @@ DEFAULTS = {
     },
     train_predictor: {
         **IMAGES, **TRAINING, "loss": "bce", "target": None, "width": SCALED, "expansion": 2.0, "mixing": SCALED,
-        "layers": 2, "readout": True, "class_token": True, "golden": 0.5, "keep": 0.5, "out": "predictor", "epochs": 10, "learning_rate": 0.003,
+        "layers": 2, "readout": True, "class_token": True,
+        "golden": 0.5, "keep": 0.5, "out": "predictor", "epochs": 10, "learning_rate": 0.003,
     },
     train_tokens: {
         **IMAGES, **TRAINING, "predictor": "predictor", "keep": 0.6, "tokens": 4, "place": "cut", "text": False,

@@ -105,8 +105,8 @@ def test_a_forbidden_bucket_is_reported_at_once(bucket, s3_faults):
 def test_what_is_denied_for_a_moment_is_asked_for_again(bucket, s3_faults):
     """As while a role that was just made is not known everywhere."""
     s3_faults.set({"fault": "denied", "method": "HEAD", "times": 2}, {"fault": "denied", "method": "PUT", "times": 1})
-    object = f"s3://{bucket}/object"
-    assert "after 0 samples" in run(f"list(__import__('patchrank.data.shards').data.shards.read('{object}'))", check=False)
+    read_it = f"list(__import__('patchrank.data.shards').data.shards.read('s3://{bucket}/object'))"
+    assert "after 0 samples" in run(read_it, check=False)  # it was opened, and is no tar
     made = f"s3://{bucket}/made"
     assert run(f"storage.patiently('{made}', lambda: storage.write_atomic('{made}', b'x'))") == "None"
     assert [request["method"] for request in s3_faults.requests() if request["fault"]] == ["HEAD", "HEAD", "PUT"]
