@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from patchrank.model.class_source import ClassSource, FoundClasses
 from patchrank.model.loading import Model, ModelSource
 from patchrank.model.tower import Tower
 from patchrank.search.config import SearchConfig
-from patchrank.store import status, storage
+from patchrank.store import retry, status, storage
 from patchrank.store.folder import Folder
 
 
@@ -40,6 +40,7 @@ class SearchJob:
     )
     out: str = flag("rankings", "folder of rankings, local, s3:// or gs:// (%(default)s)", metavar="FOLDER")
     limit: int | None = flag(None, "rank only the first N samples of each shard", metavar="N")
+    retry_rejects: bool = flag(False, "try what finished shards rejected again, and that alone; also by a larger limit")
     max_pixels: int = flag(MAX_PIXELS, "reject larger images (%(default)s)", metavar="N")
     model: ModelSource = group("model", ModelSource)
     classes: ClassSource = group("classes, for predictions and for the scores 'label' and 'confidence'", ClassSource)
@@ -106,8 +107,13 @@ def search(job: SearchJob) -> SearchSummary:
     with connected(job.machines, len(uris)) as places, storage.one_line_errors(folder.uri):
         tower = Tower(model.visual, job.model.cut, loading.resolve_dtype(job.model.dtype, places.gpu), name=model.name)
         job.config.check(tower.grid, job.keep_rates, classes=classes.identity is not None)  # before anything is written
-        folder.prepare(settings(job, model, tower, classes))
+        told = settings(job, model, tower, classes)
+        if job.retry_rejects and (there := folder.read()):
+            told["max_pixels"] = there["settings"].get("max_pixels")  # may be another this time
+        folder.prepare(told)
         done = folder.finished(uris)
+        again = retry.with_rejects(folder, done) if job.retry_rejects else set()
+        done -= again
         status.write_shards(folder.uri, uris)
         todo = [uri for uri in uris if uri not in done]
         summary = SearchSummary(folder.uri, len(uris), len(done))
@@ -121,8 +127,8 @@ def search(job: SearchJob) -> SearchSummary:
         pool.patience = job.machines.patience
         plan = plan_of(job, folder, model, places)
         known = settle(pool, classes, folder.uri, plan.images_per_batch)
-        plan = replace(plan, classes=known.embeddings if known else None)
-        work_through(pool, "rank", folder, ray.put(plan), todo, summary, job.limit)
+        plan = replace(plan, classes=known.embeddings if known else None, again=frozenset(again))
+        work_through(pool, "rank", folder, ray.put(plan), todo, summary, job.limit, again)
         summary.seconds = time.monotonic() - start
     return summary
 
@@ -150,12 +156,14 @@ def work_through(
     todo: list[str],
     summary: Summary,
     limit: int | None = None,
+    again: Collection[str] = (),
 ) -> None:
     """Have every shard worked on by a method of the pool's actors, which write its table, and fill in the summary.
 
     Args:
         method: (shared, shard, plan) -> ShardReport.
         limit: images of a shard that are worked on, if not all.
+        again: shards that are finished, and stay so if they fail.
 
     Raises:
         UserError: tables cannot be written.
@@ -169,7 +177,8 @@ def work_through(
             for uri, report in pool.run(method, todo, plan, tick=show):
                 if isinstance(report, Failed):
                     summary.failures[uri] = report.reason
-                    folder.record_failure(uri, report.reason)
+                    if uri not in again:
+                        folder.record_failure(uri, report.reason)
                     meter.fail()
                     continue
                 summary.reports[uri] = report

@@ -20,6 +20,7 @@ from patchrank.search.ranker import ShardRanker
 from patchrank.search.searcher import Searcher
 from patchrank.store import rankings
 from patchrank.store.folder import Folder
+from patchrank.store.retry import Known
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Plan:
     images_per_batch: int
     candidates_per_batch: int | None
     limit: int | None
+    again: frozenset[str] = frozenset()  # finished shards of which what was rejected is tried again
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,24 @@ class RankingActor(TowerActor):
                 self._ranker = ShardRanker(searcher, reading)
             return self._ranker
 
-    def rank(self, shared: Shared, shard: str, plan: Plan) -> ShardReport:
-        """Rank a shard and write its table and its rejects. Raises OutputError where they cannot be written."""
+    def rank(self, shared: Shared, shard: str, plan: Plan) -> ShardReport | Failed:
+        """Rank a shard and write its table and its rejects; `Failed` where it was finished, and cannot be read by now.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        known = Known(plan.folder, shard) if shard in plan.again else None
 
         def work(progress: Progress) -> ShardResult:
-            return self._ranking(shared, plan).rank(shard, progress, self._device)
+            found = self._ranking(shared, plan).rank(shard, progress, self._device, known)
+            if known is not None and found.error:
+                raise ShardError(found.error)  # what is there stays
+            return found
 
-        return self._made(shard, plan.folder, work, rankings.encode)
+        try:
+            return self._made(shard, plan.folder, work, rankings.encode)
+        except ShardError as error:
+            return Failed(str(error))
 
     def estimate(self, shared: Shared, shard: str, plan: Plan, seconds: float) -> ShardCost | Failed:
         """How long an image of a shard takes, from about so many seconds of timing; nothing is written."""

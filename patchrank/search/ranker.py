@@ -16,6 +16,7 @@ from patchrank.data.shard_job import Reading, ShardJob, ShardResult
 from patchrank.search.objective import SCORES
 from patchrank.search.searcher import Searcher, SearchResult
 from patchrank.store import rankings
+from patchrank.store.retry import Known
 
 
 class ShardRanker:
@@ -33,13 +34,18 @@ class ShardRanker:
         self.reading = replace(reading, label_needed=SCORES[searcher.config.score].labels)
 
     def rank(
-        self, shard: str, progress: Progress | None = None, device: AbstractContextManager[object] | None = None
+        self,
+        shard: str,
+        progress: Progress | None = None,
+        device: AbstractContextManager[object] | None = None,
+        known: Known | None = None,
     ) -> ShardResult:
         """Search the images of a shard.
 
         Args:
             progress: is kept up to date meanwhile.
             device: as `turn` in `ShardJob.run`.
+            known: what the shard's table has already: the other samples alone are searched, and put in their places.
         """
         progress = progress or Progress()
         progress.cosine = [0.0] * len(self.searcher.keep_rates)
@@ -48,7 +54,10 @@ class ShardRanker:
             return self._search(shard, batch, progress)
 
         job = ShardJob("search", "the search", self.searcher.tower, self._no_rows(shard), rows)
-        return job.run(shard, self.reading, progress, device)
+        if known is None:
+            return job.run(shard, self.reading, progress, device)
+        found = replace(job, wanted=known.others).run(shard, self.reading, progress, device)
+        return found if found.error else replace(found, table=known.joined(found.table))
 
     def _search(self, shard: str, batch: Batch, progress: Progress) -> tuple[pa.Table, Tensor]:
         labels = None

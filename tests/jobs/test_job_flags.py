@@ -33,6 +33,7 @@ TRAINING = {
 DEFAULTS = {
     search: {
         **MODEL, **CLASSES, **ACTORS, "shards": [], "out": "rankings", "limit": None, "max_pixels": 89478485,
+        "retry_rejects": False,
         "estimate": False, "score": "preservation", "keep": 0.4, "steps": None, "remove_per_step": 4, "block": 1,
         "rescore": 0, "rank_by": "effects", "proposals": 2, "keep_rates": RATES, "candidates_per_batch": None,
     },
