@@ -23,6 +23,7 @@ from open_clip import timm_model
 from open_clip.model import _build_vision_tower
 
 from patchrank.errors import UserError, run
+from patchrank.model.adapter import embedding_of
 from patchrank.model.kinds import adapt
 from patchrank.model.tower import Tower
 from patchrank.pruning.pruned import pruned_tower
@@ -58,8 +59,7 @@ def tried(name: str) -> tuple[str, str]:
     visual = built(open_clip.get_model_config(name) or {})
     adapter = adapt(visual, name)
     images = torch.randn(1, 3, *visual.image_size, generator=torch.Generator().manual_seed(0))
-    own = visual(images)
-    own = own[0] if isinstance(own, tuple) else own
+    own = embedding_of(visual(images))
     tower = Tower(visual, 1, name=name)
     tokens = tower.prefix(images)  # (1, p + N, D)
     kept = torch.randperm(tower.num_tokens, generator=torch.Generator().manual_seed(1))[: tower.num_tokens // 2][None]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from cluster.actor import OutputError, Shared
 from cluster.evaluation_actor import EvaluationActor, EvaluationPlan, LatencyPlan
 from cluster.places import Machines, connected
-from cluster.pool import Failed, Pool
+from cluster.pool import PATIENCE, Failed, Pool
 from cluster.prototypes import settle
 from cluster.rank import Summary, about, model_settings, work_through
 from patchrank.data import pairs, shards
@@ -100,10 +100,11 @@ class EvaluationJob:
     classes: ClassSource = group("classes (those of the rankings)", ClassSource)
     timing: Timing = group("time", Timing)
     machines: Machines = group("machines", Machines)
+    patience: float = flag(PATIENCE, "stop once all actors are lost and none is back for so many seconds (%(default)g)")
     images_per_batch: int | None = flag(None, "images an actor evaluates at a time")
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "limit", "max_pixels", "images_per_batch")
+        at_least(self, 1, "limit", "max_pixels", "patience", "images_per_batch")
         at_least(self, 0, "neighbours")
         if not 0 < self.held_out <= 1:
             raise UserError(f"--held-out {self.held_out}: must be above 0 and at most 1")
@@ -165,7 +166,7 @@ def run(job: EvaluationJob) -> EvaluationSummary:
         shared = Shared(ray.put(found.tower), ray.put(model.preprocess()), places, job.max_pixels)
         size = min(places.actors, max(1, len(todo), len(prototypes)))
         pool = Pool(EvaluationActor, shared, size, places.cpus, places.gpus, (OutputError,), places.room)
-        pool.patience = job.machines.patience
+        pool.patience = job.patience
         batch = job.images_per_batch or (64 if places.gpu else 8)
         known = settle(pool, classes, folder.uri, batch)
         plan = EvaluationPlan(
@@ -230,7 +231,8 @@ def _setting(
         pairs.check(corpus, tower, model.weights)
     if pruning.match is not None and not 0 < pruning.match <= tower.num_tokens:
         raise UserError(f"--match {pruning.match}: must be 1 to {tower.num_tokens}")
-    chosen = methods.choose(pruning.methods, methods.there_is(tower.cut, bundle, corpus is not None))
+    there = methods.there_is(tower.cut, bundle, corpus is not None, tower.adapter.rotary)
+    chosen = methods.choose(pruning.methods, there)
     made = methods.make(chosen, tower.device, bundle)
     for name, rates in (("--keep-rates", pruning.keep_rates), ("--timed-keep-rates", job.timing.keep_rates)):
         for keep in rates:

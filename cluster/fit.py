@@ -254,7 +254,7 @@ class Fit:
         job = self.job
         _, record = prompts.load(job.place("tokens"))
         learnt = [PREDICTOR] if TokensConfig(**record["config"]).nothing else [PREDICTOR, TOKENS]
-        held_out = self.images.everything.rows[1]
+        tower, held_out = self.images.tower, self.images.everything.rows[1]
         most = max(1, round(EVALUATED / job.held_out / len(self._shards)))  # samples of a shard
         classes = job.classes
         if job.class_folders:
@@ -268,7 +268,7 @@ class Fit:
             pruning=Pruning(
                 predictor=job.place("predictor"),
                 tokens=job.place("tokens"),
-                methods=[*learnt, ATTENTION, MERGING] if self.images.tower.cut else [*learnt, MERGING],
+                methods=[*learnt, *([ATTENTION] if tower.cut else []), *([] if tower.adapter.rotary else [MERGING])],
                 keep_rates=job.keep_rates,
                 save_bundle=job.out,
             ),

@@ -35,10 +35,9 @@ class Machines:
     actors: int | None = flag(None, "actors to start (one a GPU, or as many as the cores allow)")
     cpus_per_actor: int | None = flag(None, "cores of an actor")
     gpus_per_actor: float | None = flag(None, "GPUs of an actor, 0 for none (1 if the cluster has any)")
-    patience: float = flag(600.0, "stop once all actors are lost and none is back for so many seconds (%(default)g)")
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "actors", "cpus_per_actor", "patience")
+        at_least(self, 1, "actors", "cpus_per_actor")
         gpus = self.gpus_per_actor
         if gpus and not 0.0001 <= gpus <= 1:  # Ray knows no smaller part
             raise UserError(f"--gpus-per-actor {gpus}: must be 0, or 0.0001 to 1: an actor works on one GPU")

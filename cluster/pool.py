@@ -20,6 +20,7 @@ POLL_SECONDS = 1.0
 ROOM_SECONDS = 5.0  # between two looks for new nodes
 SILENT_SECONDS = 300.0  # an actor that does not answer for so long hangs: it is killed, and its item goes to another
 ATTEMPTS = 3  # how often an item may fail, or cost its actor's life, before it is set aside; or an actor fail to start
+PATIENCE = 600.0  # without any actor
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Pool:
         patience: seconds without any actor, after there were some, before `run` gives up.
     """
 
-    patience = float("inf")
+    patience = PATIENCE
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ import ray
 
 from cluster.actor import OutputError, Shared
 from cluster.places import Machines, Places, connected
-from cluster.pool import Failed, Pool
+from cluster.pool import PATIENCE, Failed, Pool
 from cluster.prototypes import settle
 from cluster.ranking_actor import Plan, RankingActor
 from patchrank import __version__
@@ -47,11 +47,12 @@ class SearchJob:
     config: SearchConfig = group("search", SearchConfig)
     keep_rates: Sequence[float] = flag((0.8, 0.7, 0.6, 0.5, 0.4), "to predict at (%(default)s)", nargs="*")
     machines: Machines = group("machines", Machines)
+    patience: float = flag(PATIENCE, "stop once all actors are lost and none is back for so many seconds (%(default)g)")
     images_per_batch: int | None = flag(None, "images an actor searches at a time")
     candidates_per_batch: int | None = flag(None, "candidates in a forward pass; halved when memory runs out")
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "limit", "max_pixels", "images_per_batch", "candidates_per_batch")
+        at_least(self, 1, "limit", "max_pixels", "patience", "images_per_batch", "candidates_per_batch")
 
 
 @dataclass
@@ -124,7 +125,7 @@ def search(job: SearchJob) -> SearchSummary:
         size = min(places.actors, max(len(todo), len(prototypes)))
         at_once = 2 if places.gpu else 1  # a CPU decodes with the very cores that search
         pool = Pool(RankingActor, shared, size, places.cpus, places.gpus, (OutputError,), places.room, at_once=at_once)
-        pool.patience = job.machines.patience
+        pool.patience = job.patience
         plan = plan_of(job, folder, model, places)
         known = settle(pool, classes, folder.uri, plan.images_per_batch)
         plan = replace(plan, classes=known.embeddings if known else None, again=frozenset(again))

@@ -14,6 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+
+def embedding_of(output: Any) -> Tensor:
+    """The embeddings, (C, E), of what an image tower returned: some give tokens beside them."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
 Before = Callable[[Tensor, int], Tensor]  # (C, n, D) and the number of the block that comes next -> (C, n, D)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from patchrank.errors import UserError
-from patchrank.model.adapter import Adapter
+from patchrank.model.adapter import Adapter, embedding_of
 
 # Of an embedding's length: what rounding leaves between two ways of computing it.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 5e-3}
@@ -57,8 +57,7 @@ def check(adapter: Adapter, name: str = "this model") -> None:
     noise = torch.randn(1, 3, *visual.image_size, generator=torch.Generator().manual_seed(0))
     images = noise.to(adapter.device, adapter.dtype)
     with _evaluating(visual), torch.autocast(adapter.device.type, enabled=False):
-        own = visual(images)
-        own = own[0] if isinstance(own, tuple) else own  # the others are its tokens
+        own = embedding_of(visual(images))
         x = adapter.embed(images)
         if _same(adapter.readout(adapter.run(x)), own):
             return

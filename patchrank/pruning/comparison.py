@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchrank.data.pair_batches import PairBatch
+from patchrank.model.adapter import embedding_of
 from patchrank.model.tower import Tower
 from patchrank.pruning.methods import UNPRUNED, Method
 from patchrank.pruning.schedule import at_keep_rate, budget
@@ -79,7 +80,7 @@ class Pruner:
             if method.image_tower is not None:
                 pixels = batch.pixels.to(tower.device, tower.dtype)
                 for keep in self.keep_rates:
-                    yield Pruned(name, keep, self._towers[name, keep](pixels).to(whole.dtype))
+                    yield Pruned(name, keep, embedding_of(self._towers[name, keep](pixels)).to(whole.dtype))
                 continue
             tokens = full if method.tokens is None else method.tokens.prefix(tower, batch.pixels, full)
             if method.selector is None:

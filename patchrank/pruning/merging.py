@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from patchrank.errors import UserError
 from patchrank.model.adapter import Adapter
 from patchrank.model.kinds import adapt
-from patchrank.pruning.methods import Method
+from patchrank.pruning.methods import MERGING, Method, Need
 from patchrank.pruning.stand_in import StandIn
 
 
@@ -61,7 +61,7 @@ def image_tower(visual: nn.Module, multiply_adds: int) -> MergedTower:
     """
     adapter = adapt(visual)
     if adapter.rotary:
-        raise UserError("token-merging: this tower turns tokens by their places (RoPE), and merged ones have none")
+        raise UserError(Need.MERGEABLE.value.format(method=MERGING).removeprefix("--methods "))
     return MergedTower(visual, merges_for(adapter, multiply_adds))
 
 

@@ -33,6 +33,7 @@ class Need(Enum):
     RANKINGS = "--methods {method}: needs --rankings"
     PREDICTOR = "--methods {method}: needs --predictor or --bundle"
     TOKENS = "--methods {method}: needs --tokens or --bundle"
+    MERGEABLE = "--methods {method}: takes no tower that turns tokens by their places (RoPE); merged ones have none"
     BLOCK = "--cut 0: there is no block before the cut whose class-token attention could rank the tokens"
 
 
@@ -135,22 +136,31 @@ METHODS: dict[str, Entry] = {
         (Need.BLOCK,),
         shown=True,
     ),
-    MERGING: Entry("Token merging", _of("merging.by_merging", matched=True), "#CC79A7", "v", (0, (4, 1.5, 1, 1.5)), 4),
+    MERGING: Entry(
+        "Token merging",
+        _of("merging.by_merging", matched=True),
+        "#CC79A7",
+        "v",
+        (0, (4, 1.5, 1, 1.5)),
+        4,
+        (Need.MERGEABLE,),
+    ),
     RANDOM: Entry("Random", _of("chance.Chance", matched=True), "#7d858f", "X", (0, (1.5, 1.5)), 5, timed=False),
 }
 
 
 def by_name_alone() -> list[str]:
     """The methods that a model can be pruned by without rankings, predictor or tokens."""
-    return [name for name, entry in METHODS.items() if set(entry.needs) <= {Need.BLOCK}]
+    return [name for name, entry in METHODS.items() if set(entry.needs) <= {Need.BLOCK, Need.MERGEABLE}]
 
 
-def there_is(cut: int, bundle: Bundle | None, ranked: bool) -> set[Need]:
-    """What an evaluation has: a model cut before block `cut`, a bundle, golden rankings."""
+def there_is(cut: int, bundle: Bundle | None, ranked: bool, rotary: bool = False) -> set[Need]:
+    """What an evaluation has: a model cut before block `cut`, a bundle, golden rankings; and whether it has RoPE."""
     have = {
         Need.RANKINGS: ranked,
         Need.PREDICTOR: bundle is not None,
         Need.TOKENS: bundle is not None and bundle.tokens is not None,
+        Need.MERGEABLE: not rotary,
         Need.BLOCK: cut > 0,
     }
     return {need for need, there in have.items() if there}

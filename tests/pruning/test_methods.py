@@ -42,7 +42,7 @@ def test_a_new_method_is_in_prune_and_in_comparisons(small_clip, longest):
     count = tokens_kept(20, 0.5)
     kept = tokens[:, 1:].norm(dim=-1).topk(count, dim=1).indices.sort(dim=1).values
     expected = tower.suffix(tokens, kept)
-    assert choose(None, set()) == ["token-merging", "random", "longest"]
+    assert choose(None, {Need.MERGEABLE}) == ["token-merging", "random", "longest"]
 
     comparison = Comparison(tower, methods.make(["longest"], tower.device), [0.5])
     found = comparison.add(batch)[1]
@@ -58,12 +58,14 @@ def test_a_new_method_is_in_prune_and_in_comparisons(small_clip, longest):
 def test_what_is_missing_for_a_method_is_named(longest):
     assert choose(None, CAPABLE) == list(METHODS)
     assert choose(["random", "golden"], CAPABLE) == ["golden", "random"]
-    assert there_is(0, None, False) == set() and there_is(1, None, True) == {Need.BLOCK, Need.RANKINGS}
+    assert there_is(0, None, False) == {Need.MERGEABLE}
+    assert there_is(1, None, True, rotary=True) == {Need.BLOCK, Need.RANKINGS}
     for name, need, words in (
         ("golden", Need.RANKINGS, "--methods golden: needs --rankings"),
         ("predictor", Need.PREDICTOR, "--methods predictor: needs --predictor or --bundle"),
         ("predictor-tokens", Need.PREDICTOR, "--methods predictor-tokens: needs --predictor or --bundle"),
         ("predictor-tokens", Need.TOKENS, "--methods predictor-tokens: needs --tokens or --bundle"),
+        ("token-merging", Need.MERGEABLE, "--methods token-merging: takes no tower that turns tokens by their places"),
         ("class-attention", Need.BLOCK, "--cut 0: there is no block before the cut"),
         ("guess", Need.BLOCK, "--methods guess: must be one of golden, .*, random, longest"),
     ):
