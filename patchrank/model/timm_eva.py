@@ -36,10 +36,12 @@ class TimmEva(TimmViT):
 
     def structure(self) -> str:
         """As `Adapter.structure`."""
-        trunk, rotary = self.visual.trunk, ""
-        if self.rotary:  # which is no weight
-            rotary = f" rotary {trunk.rope.get_embed().double().sum(dim=0).tolist()} {self.blocks[0].attn.rotate_half}"
-        return super().structure() + f" {type(self.blocks[0]).__name__}{rotary}"
+        rope, told = self.visual.trunk.rope, None
+        if rope is not None:  # its angles are no weights, and are rounded with them
+            kinds, state = (int, float, str, tuple, list), vars(rope).items()
+            facts = {name: it for name, it in state if isinstance(it, kinds) and name != "training" and name[0] != "_"}
+            told = f"{type(rope).__name__} {sorted(facts.items())} {self.blocks[0].attn.rotate_half}"
+        return super().structure() + f" {type(self.blocks[0]).__name__} rotary {told}"
 
     def prepare(self, dtype: torch.dtype, device: torch.device | str) -> None:
         """As `Adapter.prepare`; sines and cosines are not rounded."""

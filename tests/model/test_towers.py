@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict
 
 import onnxruntime
@@ -171,6 +172,14 @@ def test_digests_tell_towers_apart_whose_weights_are_the_same(small_clip):
     before = tower_digest(visual)
     visual.trunk.rope.update_feat_shape((5, 4))
     assert tower_digest(visual) != before
+
+
+@pytest.mark.parametrize("name", towers.NAMES)
+def test_a_bundle_knows_its_tower_in_every_precision(small_clip, name):
+    model = towers.build(small_clip, name)
+    wanted = {dtype: tower_digest(model.visual, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    for dtype, digest in wanted.items():
+        assert tower_digest(copy.deepcopy(model.visual).to(dtype), dtype) == digest
 
 
 @pytest.mark.parametrize(
