@@ -50,8 +50,8 @@ def untrained(adapter: Adapter, cut: int) -> Bundle:
 
 def predictor_share(bundle: Bundle, tower: nn.Module, images: torch.Tensor, rounds: int) -> float:
     """The predictor's time as a share of the pruned tower's, both timed in turn; the median over rounds."""
-    grid = bundle.predictor.config.num_tokens
-    tokens = torch.randn(len(images), 1 + grid, bundle.predictor.config.input_width).to(images)
+    shape = bundle.predictor.config
+    tokens = torch.randn(len(images), shape.prefix_tokens + shape.num_tokens, shape.input_width).to(images)
     shares = []
     for _ in range(rounds):
         alone = latency.measure({"predictor": bundle.predictor}, tokens, 0, least=1)[0].seconds
@@ -86,7 +86,7 @@ def main() -> int:
         towers: dict[str, nn.Module] = {UNPRUNED: visual}
         cells = {}
         for keep in args.keep_rates:
-            for method in METHODS:
+            for method in METHODS if not adapter.rotary else (PREDICTOR, ATTENTION):  # which merging does not take
                 tower = pruned_tower(method, visual, cut, keep, bundle)
                 towers[f"{method} {keep}"] = tower
                 cells[f"{method} {keep}"] = (method, keep, adapter.full_multiply_adds() / tower.multiply_adds())
