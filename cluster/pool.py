@@ -232,7 +232,7 @@ class Pool:
                 return
             self._condemned.pop(actor, None)
             del self._failed_starts[actor]
-            self._up[actor] = process
+            self._up[actor], self._seen = process, time.monotonic()
 
     def _poll(self) -> None:
         """Collect the answers that have come and ask again; an actor that does not answer is not waited for long."""
