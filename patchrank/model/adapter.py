@@ -21,6 +21,11 @@ def embedding_of(output: Any) -> Tensor:
     return found
 
 
+def linear_multiply_adds(module: nn.Module) -> int:
+    """Of a module's linear layers, for one token."""
+    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
+
+
 Before = Callable[[Tensor, int], Tensor]  # (C, n, D) and the number of the block that comes next -> (C, n, D)
 
 

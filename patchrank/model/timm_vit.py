@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from patchrank.model import fidelity
-from patchrank.model.adapter import Adapter
+from patchrank.model.adapter import Adapter, linear_multiply_adds
 from patchrank.model.attention import attend, attention_of, by_head, weighted_mean
 
 CLASS_TOKEN, MEAN, LEARNT_QUERY = "token", "avg", "map"  # as timm names them
@@ -223,25 +223,28 @@ class TimmViT(Adapter):
 
     def mlp_multiply_adds(self, n: int) -> int:
         """As `Adapter.mlp_multiply_adds`."""
-        return _linear(self.blocks[0].mlp) * n
+        return linear_multiply_adds(self.blocks[0].mlp) * n
 
     def class_attention_multiply_adds(self, n: int) -> int:
         """As `Adapter.class_attention_multiply_adds`; keys, with the values beside them, are computed a second time."""
         pool, pooled = self.visual.trunk.attn_pool, n - self._skipped
         if pool is not None:
-            return _linear(pool.q) + (_linear(pool.kv) + self.width) * pooled
+            return linear_multiply_adds(pool.q) + (linear_multiply_adds(pool.kv) + self.width) * pooled
         asking = 1 if self.visual.trunk.global_pool == CLASS_TOKEN else pooled
         projected = (2 * n + 1) if asking == 1 else 3 * n
         return projected * self.width * self.inner + asking * n * self.inner
 
     def readout_multiply_adds(self, n: int) -> int:
         """As `Adapter.readout_multiply_adds`."""
-        trunk, total = self.visual.trunk, _linear(self.visual.head) + _linear(self.visual.trunk.head)
+        trunk, total = (
+            self.visual.trunk,
+            linear_multiply_adds(self.visual.head) + linear_multiply_adds(self.visual.trunk.head),
+        )
         if trunk.attn_pool is None:
             return total
         pool, pooled = trunk.attn_pool, n - self._skipped
-        attention = _linear(pool.q) + (_linear(pool.kv) + 2 * self.width) * pooled
-        return total + attention + _linear(pool.proj) + _linear(pool.mlp)
+        attention = linear_multiply_adds(pool.q) + (linear_multiply_adds(pool.kv) + 2 * self.width) * pooled
+        return total + attention + linear_multiply_adds(pool.proj) + linear_multiply_adds(pool.mlp)
 
     @classmethod
     def _replaced(cls, visual: Any) -> Iterator[str | None]:
@@ -266,11 +269,6 @@ class TimmViT(Adapter):
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
-
-
-def _linear(module: nn.Module) -> int:
-    """Multiply-adds of a module's linear layers, for one token."""
-    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
 
 
 _COUNTED: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()

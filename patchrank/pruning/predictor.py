@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from patchrank.errors import UserError
 from patchrank.flags import at_least, flag
 from patchrank.model import artifacts
+from patchrank.model.adapter import linear_multiply_adds
 from patchrank.model.tower import Tower
 from patchrank.tokens import by_rank
 
@@ -159,15 +160,12 @@ class Predictor(nn.Module):
         layers = self._layers()
         by_token = [self.project, *(channels for channels, _ in layers)]
         by_token += [] if self.readout is None else [self.readout]
-        total = rows * sum(map(_weights, by_token)) + width * sum(_weights(positions) for _, positions in layers)
+        total = rows * sum(map(linear_multiply_adds, by_token)) + width * sum(
+            linear_multiply_adds(positions) for _, positions in layers
+        )
         if self.readout is None:  # the last layer of all makes one number of each token
             total -= (width - 1) * layers[-1][1][-1].weight.numel()
         return total
-
-
-def _weights(module: nn.Module) -> int:
-    """How many numbers are in the matrices of its linear layers."""
-    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
 
 
 def _mlp(size: int, hidden: int) -> nn.Sequential:

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from patchrank.store import storage
+from patchrank.store import rankings, storage
 from patchrank.store.folder import Folder, Reject, file_name, parquet_files
 
 
@@ -36,9 +35,7 @@ class Known:
     """
 
     def __init__(self, folder: Folder, shard: str) -> None:
-        system, path = storage.resolve(storage.join(folder.uri, file_name(shard)))
-        with pq.ParquetFile(path, filesystem=system) as file:
-            self.table = file.read().replace_schema_metadata(None)
+        self.table = rankings.open(folder.uri).shard(shard)
         self._keys = set(self.table["key"].to_pylist())
         self._order: dict[str, int] = {}  # of the samples of the shard
 
