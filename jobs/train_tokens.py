@@ -33,6 +33,7 @@ class Beside:
         "predictor", "what jobs/train_predictor.py left (%(default)s)", group="tokens", metavar="FOLDER"
     )
     shifts: bool = flag(True, "learn no shifts: vectors added to tokens before every block after the cut, at no cost")
+    scales: bool = flag(True, "learn no scales of tokens before these blocks, only shifts")
     text: bool = flag(False, "learn text tokens, too, with the visual ones as their linear map")
 
 
@@ -55,7 +56,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "jobs/train_tokens.py") 
         prompted = PromptedText(model, names, args.tokens)
     text_width = None if prompted is None else prompted.width
     shifted = images.tower.adapter.depth - images.tower.cut if args.shifts else 0
-    shape = flags.read(TokensConfig, args, width=images.tower.width, text_width=text_width, shifted=shifted)
+    shape = flags.read(
+        TokensConfig, args, width=images.tower.width, text_width=text_width, shifted=shifted, scaled=args.scales
+    )
     task = flags.read(TokensTask, args, images=images, config=shape, predictor=found, prompted=prompted)
     if training.estimated(task, config, args):
         return 0

@@ -33,6 +33,8 @@ from patchrank.model.tower import Tower
 
 PLACES = ("input", "cut")
 NAME = "tokens"  # of its files
+BEFORE = {"scaled": False}  # fields of `TokensConfig` that files of before 0.3 do not have
+SHIFTS = ("shifts", "scales")  # parameters of `VisualTokens`
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class TokensConfig:
     place: str = flag("cut", f"where they join the patches: {' or '.join(PLACES)} (%(default)s)")
     text_width: int | None = None  # d_t of the text tower; the visual tokens are then a linear map of text tokens
     shifted: int = 0  # blocks from the cut on before which all tokens are shifted
+    scaled: bool = False  # whether they are scaled there, too
 
     def __post_init__(self) -> None:
         if self.place not in PLACES:
@@ -63,13 +66,16 @@ class VisualTokens(nn.Module):
     """b learnable tokens that go through the tower beside the patches and are never pruned, and learnable shifts.
 
     Shifts are vectors that are added to tokens before every block from the cut on, times the share of tokens that have
-    left, so that an image of which nothing leaves stays as it is. They take no multiply-adds. Learnable tokens are so
-    renewed from block to block, as in deep prompt tuning (arXiv 2203.12119).
+    left, so that an image of which nothing leaves stays as it is; scales are vectors that tokens are multiplied by
+    before that, 1 and as much of them. They take no matrix products. Learnable tokens are so renewed from block to
+    block, as in deep prompt tuning (arXiv 2203.12119); to scale and shift what a frozen model makes is that of SSF
+    (arXiv 2210.08823).
 
     Attributes:
         visual: (b, D), where they are free.
         text, coupling: (b, d_t) and the map M, where they are coupled to text tokens; `visual` is then None.
         shifts: (blocks, 2 + b, D): of the prefix tokens, of the patches, and of each learnable token; None without.
+        scales: likewise.
     """
 
     def __init__(self, config: TokensConfig) -> None:
@@ -82,8 +88,9 @@ class VisualTokens(nn.Module):
         else:
             self.text = nn.Parameter(torch.randn(config.count, config.text_width) * 0.02)  # as CoOp does
             self.coupling = nn.Linear(config.text_width, config.width, bias=False)
-        shifts = torch.zeros(config.shifted, 2 + config.count, config.width)
-        self.shifts = nn.Parameter(shifts) if config.shifted else None
+        rows = torch.zeros(config.shifted, 2 + config.count, config.width)
+        self.shifts = nn.Parameter(rows) if config.shifted else None
+        self.scales = nn.Parameter(rows.clone()) if config.shifted and config.scaled else None
 
     def extra(self) -> Tensor:
         """The visual tokens, (b, D)."""
@@ -119,16 +126,22 @@ class VisualTokens(nn.Module):
         """
         if self.shifts is None:
             return None
-        shifts, b, p = self.shifts, self.config.count, adapter.prefix_tokens
+        shifts, scales, b, p = self.shifts, self.scales, self.config.count, adapter.prefix_tokens
         left = max(0.0, 1 - (patches + b) / adapter.num_tokens)  # a learnable token takes the place of a patch
+
+        def each(rows: Tensor, x: Tensor) -> Tensor:
+            """(2 + b, D) -> (p + n + b, D), what there is for each token of x."""
+            rows = (left * rows).to(x.dtype)
+            prefix, others, own = rows[:1].expand(p, -1), rows[1:2].expand(x.shape[1] - p - b, -1), rows[2:]
+            return torch.cat([prefix, others, own] if behind else [prefix, own, others])
 
         def shifted(x: Tensor, number: int) -> Tensor:
             """(C, p + n + b, D) likewise."""
             if not 0 <= number - cut < len(shifts):
                 return x
-            rows = left * shifts[number - cut]  # (2 + b, D)
-            prefix, others, own = rows[:1].expand(p, -1), rows[1:2].expand(x.shape[1] - p - b, -1), rows[2:]
-            return x + torch.cat([prefix, others, own] if behind else [prefix, own, others]).to(x.dtype)
+            if scales is not None:
+                x = x * (1 + each(scales[number - cut], x))
+            return x + each(shifts[number - cut], x)
 
         return shifted
 

@@ -28,7 +28,7 @@ from patchrank.pruning.comparison import Comparison
 from patchrank.pruning.methods import UNPRUNED, Method
 from patchrank.pruning.predicted import Predicted
 from patchrank.pruning.predictor import LOSSES, TARGETS, Predictor, PredictorConfig
-from patchrank.pruning.prompts import PromptedText, TokensConfig, VisualTokens
+from patchrank.pruning.prompts import SHIFTS, PromptedText, TokensConfig, VisualTokens
 from patchrank.pruning.schedule import at_keep_rate
 from patchrank.store import storage
 from patchrank.tokens import count_kept, kendall_tau
@@ -151,7 +151,7 @@ class PredictorTask(_ImagesTask):
     def settings(self) -> dict[str, Any]:
         return {
             **self.images.settings(),
-            "predictor": _told(self.config),
+            "predictor": _told(self.config, {**predictor.BEFORE, "mixing": ...}),  # which was always told
             "golden": self.golden,
             "loss": self.loss_name,
             "target": self.target,
@@ -240,7 +240,7 @@ class TokensTask(_ImagesTask):
     keep: float = flag(0.6, "keep rate that the bundle is for (%(default)s)", group="tokens")
     label_weight: float = flag(0.1, "of the cross-entropy over the classes, where there are labels (%(default)g)")
     predictor_rate: float = flag(0.2, "the predictor's learning rate as a share of the tokens' (%(default)g)")
-    shift_rate: float = flag(0.1, "the shifts' learning rate, likewise (%(default)g)")
+    shift_rate: float = flag(0.1, "the learning rate of shifts and scales, likewise (%(default)g)")
     prompted: PromptedText | None = None  # where there are learnable text tokens
     name: str = "tokens"
 
@@ -259,7 +259,7 @@ class TokensTask(_ImagesTask):
     def settings(self) -> dict[str, Any]:
         return {
             **self.images.settings(),
-            "tokens": asdict(self.config),
+            "tokens": _told(self.config, prompts.BEFORE),
             "predictor": loading.digest(self.predictor.state_dict()),
             "predictor_rate": self.predictor_rate,
             "shift_rate": self.shift_rate,
@@ -278,8 +278,8 @@ class TokensTask(_ImagesTask):
 
     def parameters(self, module: nn.Module) -> list[tuple[list[nn.Parameter], float]]:
         assert isinstance(module, Together)
-        shifts = [parameter for name, parameter in module.tokens.named_parameters() if name == "shifts"]
-        tokens = [parameter for name, parameter in module.tokens.named_parameters() if name != "shifts"]
+        shifts = [parameter for name, parameter in module.tokens.named_parameters() if name in SHIFTS]
+        tokens = [parameter for name, parameter in module.tokens.named_parameters() if name not in SHIFTS]
         groups = [
             (tokens if self.config.count else [], 1.0),
             (shifts, self.shift_rate),
@@ -372,9 +372,8 @@ class TokensTask(_ImagesTask):
         prompts.save(folder, tokens, record)
 
 
-def _told(config: PredictorConfig) -> dict[str, Any]:
+def _told(config: PredictorConfig | TokensConfig, old: Mapping[str, Any]) -> dict[str, Any]:
     """Its fields, without those that were not there before where they are as they were: such trainings go on."""
-    old = {**predictor.BEFORE, "mixing": ...}  # which was always told
     return {name: value for name, value in asdict(config).items() if name not in old or old[name] != value}
 
 

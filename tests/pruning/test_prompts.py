@@ -31,7 +31,7 @@ def make(**config):
     return tokens
 
 
-def open_clip_embeddings(model, images, cut, extra, place, kept, shifts=None):
+def open_clip_embeddings(model, images, cut, extra, place, kept, learnt=None):
     """The same through open_clip's own blocks, image by image."""
     result = []
     for image, ids in zip(images, kept, strict=True):
@@ -42,11 +42,13 @@ def open_clip_embeddings(model, images, cut, extra, place, kept, shifts=None):
             if number == cut:
                 learned = x[:, 21:] if place == "input" else extra[None]
                 x = torch.cat([x[:, :1], x[:, 1:21][:, ids], learned], dim=1)
-            if shifts is not None and number >= cut:
+            if learnt is not None and number >= cut:
                 left = (20 - len(ids) - 3) / 20  # of 20 patches; 3 learnable tokens take places of others
-                x[:, 0] += left * shifts[number - cut, 0]
-                x[:, 1 : 1 + len(ids)] += left * shifts[number - cut, 1]
-                x[:, 1 + len(ids) :] += left * shifts[number - cut, 2:]
+                parts = (0, 0), (slice(1, 1 + len(ids)), 1), (slice(1 + len(ids), None), slice(2, None))
+                for there, row in parts:
+                    if learnt.scales is not None:
+                        x[:, there] *= 1 + left * learnt.scales[number - cut, row]
+                    x[:, there] += left * learnt.shifts[number - cut, row]
             x = block(x)
         result.append(model.visual._pool(x)[0][0] @ model.visual.proj)
     return torch.stack(result)
@@ -74,14 +76,15 @@ def test_tokens_join_the_patches_at_their_place_and_are_never_pruned(small_clip,
         )
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("place", prompts.PLACES)
-def test_shifts_are_added_before_every_block_in_proportion_to_what_has_left(small_clip, place):
+def test_shifts_and_scales_before_every_block_are_in_proportion_to_what_has_left(small_clip, place, scaled):
     model = small_clip()
     images, cut = torch.randn(2, 3, 16, 20), 2
     kept = torch.tensor([[0, 3, 7, 19], [1, 2, 5, 6]])
-    tokens = make(place=place, shifted=len(model.visual.transformer.resblocks) - cut)
-    shifts = tokens.shifts.detach()
-    expected = open_clip_embeddings(model, images, cut, tokens.extra(), place, kept, shifts)
+    tokens = make(place=place, shifted=len(model.visual.transformer.resblocks) - cut, scaled=scaled)
+    tokens.requires_grad_(False)
+    expected = open_clip_embeddings(model, images, cut, tokens.extra(), place, kept, tokens)
     tower = Tower(model.visual, cut)
     found = tokens.embeddings(tower, images, lambda _: kept)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
