@@ -90,6 +90,14 @@ class Adapter(ABC):
     def refusal(cls, visual: Any) -> str | None:
         """Why a module of that class cannot be cut or pruned all the same; None where it can."""
 
+    @classmethod
+    def replaced(cls, visual: Any) -> str | None:
+        """What was put in the place of modules that are computed without calling them, as `fidelity.refusal` has it.
+
+        Asked whenever a pruned tower is used, so it has to be quick; what `refusal` says where it is not overridden.
+        """
+        return cls.refusal(visual)
+
     @abstractmethod
     def structure(self) -> str:
         """The facts beside the weights that make another model of them: heads, patches, activations, norms.

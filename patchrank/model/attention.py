@@ -7,27 +7,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, gates: Tensor | None, bias: Tensor | None = None) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gates: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
     """softmax(query key^T / sqrt(d) + bias) value, with gates: (C, heads, q, d), twice (C, heads, n, d) -> the first's.
 
     Fused, except with gates and in bfloat16 on a CPU, where that is slow.
 
     Args:
         gates, bias: (C, n) each, or None; as of `Adapter.attention`.
+        dropout: the share of attention weights that are dropped, the others raised to make up for it.
     """
-    scale = query.shape[-1] ** -0.5
     added = None if bias is None else bias.to(query.dtype)[:, None, None]  # (C, 1, 1, n)
-    if gates is not None:
-        logits = query * scale @ key.transpose(-1, -2)  # (C, heads, q, n)
-        logits = logits if added is None else logits + added
+    if gates is None and not (query.device.type == "cpu" and query.dtype == torch.bfloat16):
+        return F.scaled_dot_product_attention(query, key, value, added, dropout)
+    # PyTorch's fused kernel takes twice the time of two matrix products in bfloat16; a chunk's weights fit the cache.
+    logits = query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)  # (C, heads, q, n)
+    logits = logits if added is None else logits + added
+    if gates is None:
+        weights = logits.softmax(dim=-1)
+    else:
         exact = torch.promote_types(query.dtype, torch.float32)  # what is left of a weight may be small
         weights = logits.softmax(dim=-1, dtype=exact) * gates.to(exact)[:, None, None]
-        return (weights / weights.sum(dim=-1, keepdim=True)).to(value.dtype) @ value
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        # PyTorch's fused kernel takes twice the time of two matrix products here; a chunk's weights fit the cache.
-        logits = query * scale @ key.transpose(-1, -2)
-        return (logits if added is None else logits + added).softmax(dim=-1) @ value
-    return F.scaled_dot_product_attention(query, key, value, added)
+        weights = (weights / weights.sum(dim=-1, keepdim=True)).to(value.dtype)
+    return F.dropout(weights, dropout, training=dropout > 0) @ value
 
 
 def attention_of(query: Tensor, key: Tensor) -> Tensor:

@@ -31,7 +31,9 @@ def refusal(module: nn.Module, where: str, known: Collection[type] | None = None
         known: the classes whose forward pass our code repeats; any where None. A parametrized module counts as what it
             was before: its weights are read as they are then.
     """
-    kind = type(module).__mro__[1] if parametrize.is_parametrized(module) else type(module)
+    kind = type(module)
+    if known is not None and kind not in known and parametrize.is_parametrized(module):
+        kind = kind.__mro__[1]
     if known is not None and kind not in known:
         merge = "; merge what was tuned into its weights (merge_and_unload)" if "peft" in kind.__module__ else ""
         return f"{where} is a {kind.__module__}.{kind.__qualname__}{merge}"

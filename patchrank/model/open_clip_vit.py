@@ -60,6 +60,11 @@ class OpenClipViT(Adapter):
             return "its blocks use scaled cosine attention"
         if any(type(module).__module__.startswith("torch.ao.nn.quantized") for module in visual.modules()):
             return "its image tower is quantized; prune the model that it was made of, and quantize that"
+        return cls.replaced(visual)
+
+    @classmethod
+    def replaced(cls, visual: Any) -> str | None:
+        """As `Adapter.replaced`."""
         return next(filter(None, _replaced(visual)), None)
 
     @property
@@ -123,7 +128,8 @@ class OpenClipViT(Adapter):
         """
         block, last = self.blocks[number], number == self.depth - 1 and not self.all_read
         query, key, value = _project(block.attn, block.ln_1(x), class_token_only=last)
-        attended = _output(block.attn, attend(query, key, value, gates, bias))  # (C, n or 1, D)
+        attended = attend(query, key, value, gates, bias, _dropout(block.attn))
+        attended = _output(block.attn, attended)  # (C, n or 1, D)
         x = x[:, :1] if last else x
         return x + block.ls_1(getattr(block, "ln_attn", _IDENTITY)(attended)), key
 
@@ -163,8 +169,9 @@ class OpenClipViT(Adapter):
         visual, p, exact = self.visual, self.prefix_tokens, self.visual.proj.dtype
         if visual.attn_pool is not None:
             query, key, value = _pooling(visual.attn_pool, x, queries)
-            pooled = attend(query, key, value, weights).transpose(1, 2).flatten(2)  # (C, queries, E)
-            pooled = visual.ln_post(visual.attn_pool.attn.out_proj(pooled).to(exact))
+            attn = visual.attn_pool.attn
+            pooled = attend(query, key, value, weights, dropout=_dropout(attn))
+            pooled = visual.ln_post(_output(attn, pooled).to(exact))  # (C, queries, E)
             return pooled[:, 0], pooled[:, 1:]
         if visual.pool_type == "avg":
             tokens = x[:, p:].to(exact)
@@ -223,14 +230,18 @@ def _replaced(visual: Any) -> Iterator[str | None]:
     yield fidelity.refusal(visual.transformer, "its transformer", (Transformer,))
     if visual.attn_pool is not None:
         yield fidelity.refusal(visual.attn_pool, "its attentional pooler", (AttentionalPooler,))
-        yield fidelity.refusal(visual.attn_pool.attn, "the attention of its pooler", (nn.MultiheadAttention,))
+        yield from _attention_replaced(visual.attn_pool.attn, "the attention of its pooler", (nn.MultiheadAttention,))
     for number, block in enumerate(visual.transformer.resblocks):
         yield fidelity.refusal(block, f"its block {number}", (ResidualAttentionBlock, CustomResidualAttentionBlock))
-        where = f"the attention of its block {number}"
-        yield fidelity.refusal(block.attn, where, (nn.MultiheadAttention, Attention))
-        if not isinstance(block.attn, Attention):  # which calls its output projection, as we do; the other does not
-            kinds = (nn.Linear, NonDynamicallyQuantizableLinear)
-            yield fidelity.refusal(block.attn.out_proj, f"the output projection in {where}", kinds)
+        kinds = (nn.MultiheadAttention, Attention)
+        yield from _attention_replaced(block.attn, f"the attention of its block {number}", kinds)
+
+
+def _attention_replaced(attn: Any, where: str, kinds: tuple[type, ...]) -> Iterator[str | None]:
+    yield fidelity.refusal(attn, where, kinds)
+    if not isinstance(attn, Attention):  # which calls its output projection, as we do; the other does not
+        known = (nn.Linear, NonDynamicallyQuantizableLinear)
+        yield fidelity.refusal(attn.out_proj, f"the output projection in {where}", known)
 
 
 def fuse_quick_gelu(mlp: Any) -> None:
@@ -239,9 +250,9 @@ def fuse_quick_gelu(mlp: Any) -> None:
     QuickGELU, x sigmoid(1.702 x), is three passes over the widest activation; SiLU, x sigmoid(x), is one. The factor
     goes into the weights before it and out of those after it, unless a norm stands between.
     """
-    plain = all(fidelity.refusal(module, "", (nn.Linear,)) is None for module in (mlp.c_fc, mlp.c_proj))
-    plain = plain and not any(parametrize.is_parametrized(module) for module in (mlp.c_fc, mlp.c_proj))
-    if plain and isinstance(mlp.gelu, QuickGELU) and isinstance(getattr(mlp, "ln", _IDENTITY), nn.Identity):
+    known = {mlp.c_fc: nn.Linear, mlp.gelu: QuickGELU, getattr(mlp, "ln", _IDENTITY): nn.Identity, mlp.c_proj: nn.Linear}
+    plain = all(fidelity.refusal(module, "", (kind,)) is None for module, kind in known.items())
+    if plain and not any(parametrize.is_parametrized(module) for module in known):
         with torch.no_grad():
             mlp.c_fc.weight *= QUICK_GELU
             mlp.c_fc.bias *= QUICK_GELU
@@ -297,15 +308,21 @@ def _pooling(pooler: Any, x: Tensor, queries: int | None) -> tuple[Tensor, Tenso
     return query, key, value
 
 
+def _dropout(attn: Any) -> float:
+    """The share of attention weights that are dropped: some while training, none afterwards."""
+    if not attn.training:
+        return 0.0
+    share: float = attn.attn_drop.p if isinstance(attn, Attention) else attn.dropout
+    return share
+
+
 def _output(attn: Any, y: Tensor) -> Tensor:
     """What heads attended to, through the output projection: (C, heads, q, D / heads) -> (C, q, D)."""
-    if isinstance(attn, Attention):
-        if attn.head_scale is not None:
-            y = y * attn.head_scale
-        y = attn.ln_inner(y.transpose(1, 2).flatten(2))
-    else:
-        y = y.transpose(1, 2).flatten(2)
-    return attn.out_proj(y)
+    if not isinstance(attn, Attention):
+        return attn.out_proj(y.transpose(1, 2).flatten(2))
+    if attn.head_scale is not None:
+        y = y * attn.head_scale
+    return attn.out_drop(attn.out_proj(attn.ln_inner(y.transpose(1, 2).flatten(2))))
 
 
 _IDENTITY = nn.Identity()

@@ -64,9 +64,9 @@ class TimmEva(TimmViT):
         """As `Adapter.mlp`."""
         block = self.blocks[number]
         if isinstance(block, EvaBlockPostNorm):
-            return x + block.norm2(block.mlp(x))
+            return x + block.drop_path2(block.norm2(block.mlp(x)))
         added = block.mlp(block.norm2(x))
-        return x + (added if block.gamma_2 is None else block.gamma_2 * added)
+        return x + block.drop_path2(added if block.gamma_2 is None else block.gamma_2 * added)
 
     @property
     def _skipped(self) -> int:
@@ -77,8 +77,8 @@ class TimmEva(TimmViT):
 
     def _attended(self, block: Any, x: Tensor, attended: Tensor) -> Tensor:
         if isinstance(block, EvaBlockPostNorm):
-            return x + block.norm1(attended)
-        return x + (attended if block.gamma_1 is None else block.gamma_1 * attended)
+            return x + block.drop_path1(block.norm1(attended))
+        return x + block.drop_path1(attended if block.gamma_1 is None else block.gamma_1 * attended)
 
     def _project(
         self, attn: Any, x: Tensor, places: Tensor | None, class_token_only: bool = False

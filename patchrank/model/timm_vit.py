@@ -66,6 +66,11 @@ class TimmViT(Adapter):
             return f"its image tower is for images of {built}, not of {given}, as open_clip gives it"
         if trunk.dynamic_img_size:
             return "its image tower takes images of any size, so its tokens cannot be told by their number"
+        return cls.replaced(visual)
+
+    @classmethod
+    def replaced(cls, visual: Any) -> str | None:
+        """As `Adapter.replaced`."""
         return next(filter(None, cls._replaced(visual)), None)
 
     @property
@@ -132,11 +137,13 @@ class TimmViT(Adapter):
         normed = self._normed(block, x)
         query, key, value = self._project(block.attn, normed, places, class_token_only=last)
         normed, x = (normed[:, :1], x[:, :1]) if last else (normed, x)
-        attended = attend(query, key, value, gates, bias).transpose(1, 2).flatten(2)  # (C, n or 1, heads d)
-        attended = block.attn.norm(attended)
-        if block.attn.gate is not None:
-            attended = attended * block.attn.gate(normed).sigmoid()
-        return self._attended(block, x, block.attn.proj(attended)), key
+        attn = block.attn
+        dropout = attn.attn_drop.p if attn.training else 0.0
+        attended = attend(query, key, value, gates, bias, dropout).transpose(1, 2).flatten(2)  # (C, n or 1, heads d)
+        attended = attn.norm(attended)
+        if attn.gate is not None:
+            attended = attended * attn.gate(normed).sigmoid()
+        return self._attended(block, x, attn.proj_drop(attn.proj(attended))), key
 
     def _normed(self, block: Any, x: Tensor) -> Tensor:
         """What a block's attention is given: (C, n, D) likewise."""
@@ -144,12 +151,12 @@ class TimmViT(Adapter):
 
     def _attended(self, block: Any, x: Tensor, attended: Tensor) -> Tensor:
         """Attention's residual: (C, n, D) twice -> (C, n, D)."""
-        return x + block.ls1(attended)
+        return x + block.drop_path1(block.ls1(attended))
 
     def mlp(self, x: Tensor, number: int) -> Tensor:
         """As `Adapter.mlp`."""
         block = self.blocks[number]
-        return x + block.ls2(block.mlp(block.norm2(x)))
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
     def _project(
         self, attn: Any, x: Tensor, places: Tensor | None, class_token_only: bool = False
@@ -198,13 +205,13 @@ class TimmViT(Adapter):
             pool = trunk.attn_pool
             query, key, value = self._pooling(trunk.norm(x)[:, self._skipped :])
             pooled = attend(query, key, value, counted).transpose(1, 2).flatten(2)[:, 0]  # (C, D)
-            pooled = pool.proj(pooled.to(exact))
+            pooled = pool.proj_drop(pool.proj(pooled.to(exact)))
             pooled = pooled + pool.mlp(pool.norm(pooled))
         elif trunk.global_pool == MEAN:
             pooled = weighted_mean(trunk.norm(x[:, self._skipped :].to(exact)), counted)
         else:
             pooled = trunk.norm(x[:, 0].to(exact))
-        return self.visual.head(trunk.head(trunk.fc_norm(pooled)))
+        return self.visual.head(trunk.head(trunk.head_drop(trunk.fc_norm(pooled))))
 
     def embed_multiply_adds(self) -> int:
         """As `Adapter.embed_multiply_adds`."""

@@ -71,6 +71,12 @@ class Tower(nn.Module):
         self.adapter.prepare(dtype, device)
         self.grid = adapter.grid
 
+    def train(self, mode: bool = True) -> Tower:
+        """As of a module, but the image tower stays in eval mode, without dropout and stochastic depth: it is frozen."""
+        super().train(mode)
+        self.visual.eval()
+        return self
+
     @property
     def adapter(self) -> Adapter:
         """What is known of the tower. Made anew, as a replica (DataParallel's) is given a tower of its own."""

@@ -109,10 +109,10 @@ def prune(
     tower = _tower(method, visual, schedule, cut)
     if not tower.idle:
         fidelity.check(adapter)
-    tower.train(visual.training)
+    tower.training = visual.training  # and not `train`: some of its modules may be in another mode, as frozen ones are
     for part in (method.selector, method.tokens):
         if part is not None:
-            part.to(adapter.device)
+            part.to(adapter.device).train(visual.training)
     clip.visual = tower
     return model
 

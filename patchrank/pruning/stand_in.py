@@ -45,7 +45,14 @@ class StandIn(nn.Module):
 
     @property
     def adapter(self) -> Adapter:
-        """What is known of the tower. Made anew, as a replica (DataParallel's) is given a tower of its own."""
+        """What is known of the tower. Made anew, as a replica (DataParallel's) is given a tower of its own.
+
+        Raises:
+            UserError: something was put in the place of its modules after it was pruned, and would be left out.
+        """
+        replaced = None if torch.compiler.is_compiling() else self._kind.replaced(self.original)
+        if replaced is not None:
+            raise UserError(f"this pruned model: {replaced}")
         return self._kind(self.original)
 
     @property
