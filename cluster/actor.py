@@ -26,6 +26,7 @@ from patchrank.data.shards import ShardError
 from patchrank.model.tower import Tower
 from patchrank.store import storage
 from patchrank.store.folder import Encode, Folder, serialise
+from patchrank.store.partial import Partial
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,12 @@ class TowerActor:
             self._progress.pop(shard, None)
 
     def _made(
-        self, shard: str, folder: Folder, work: Callable[[Progress], ShardResult], encode: Encode = serialise
+        self,
+        shard: str,
+        folder: Folder,
+        work: Callable[[Progress, Partial], ShardResult],
+        part: Partial,
+        encode: Encode = serialise,
     ) -> ShardReport:
         """Have a shard worked on and write its table and its rejects. Raises OutputError where they cannot be written.
 
@@ -97,14 +103,17 @@ class TowerActor:
 
         Args:
             work: makes the table, and keeps the progress up to date.
+            part: is for the work, and removed once there is a table of the whole shard.
             encode: as for `Folder.write`.
         """
         with self._watched(shard) as progress:
             metrics = self._metrics[shard] = Metrics(progress)
             check_folder(folder)
-            found = work(progress)
+            found = work(progress, part)
             with progress.timed("write"):
                 size = write(folder, shard, found, encode)
+                if found.error is None:
+                    part.remove()
             self._metrics.pop(shard, None)
             metrics.tell()
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -130,10 +139,27 @@ def write(folder: Folder, shard: str, found: ShardResult, encode: Encode = seria
     Raises:
         OutputError: it cannot be written, nor could that of any other shard.
     """
+    with _writable(folder):
+        return folder.write(shard, found.table, found.rejects, found.error, encode)
+
+
+def keeper(folder: Folder) -> Callable[[str, bytes], None]:
+    """How the parts of a folder's shards are written; where that fails for a moment, the next time will do."""
+
+    def keep(uri: str, data: bytes) -> None:
+        with contextlib.suppress(OSError), _writable(folder):
+            storage.patiently(uri, lambda: storage.write_atomic(uri, data))
+
+    return keep
+
+
+@contextlib.contextmanager
+def _writable(folder: Folder) -> Iterator[None]:
+    """Raises OutputError where what is written in the block cannot be, nor could anything else of the folder."""
     try:
         # It may have been taken away meanwhile, and writing would make another, without its settings.
         check_folder(folder)
-        return folder.write(shard, found.table, found.rejects, found.error, encode)
+        yield
     except OSError as error:
         if error.errno not in _LASTING:
             raise

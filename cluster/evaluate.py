@@ -19,7 +19,7 @@ from cluster.evaluation_actor import EvaluationActor, EvaluationPlan, LatencyPla
 from cluster.places import Machines, connected
 from cluster.pool import PATIENCE, Failed, Pool
 from cluster.prototypes import settle
-from cluster.rank import Summary, about, model_settings, work_through
+from cluster.rank import KEEP_WORK, Summary, about, model_settings, work_through
 from patchrank.data import pairs, shards
 from patchrank.data.images import MAX_PIXELS
 from patchrank.errors import UserError
@@ -40,7 +40,7 @@ from patchrank.pruning.methods import METHODS, UNPRUNED, Need
 from patchrank.pruning.pruned import pruned_tower
 from patchrank.pruning.schedule import at_keep_rate
 from patchrank.pruning.stand_in import count_multiply_adds
-from patchrank.store import rankings, storage
+from patchrank.store import partial, rankings, storage
 from patchrank.store.folder import Folder
 from patchrank.store.rankings import Rankings
 
@@ -101,11 +101,12 @@ class EvaluationJob:
     timing: Timing = group("time", Timing)
     machines: Machines = group("machines", Machines)
     patience: float = flag(PATIENCE, "stop once all actors are lost and none is back for so many seconds (%(default)g)")
+    keep_work: float = flag(partial.SECONDS, KEEP_WORK, metavar="SECONDS")
     images_per_batch: int | None = flag(None, "images an actor evaluates at a time")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "limit", "max_pixels", "patience", "images_per_batch")
-        at_least(self, 0, "neighbours")
+        at_least(self, 0, "neighbours", "keep_work")
         if not 0 < self.held_out <= 1:
             raise UserError(f"--held-out {self.held_out}: must be above 0 and at most 1")
 
@@ -160,6 +161,7 @@ def run(job: EvaluationJob) -> EvaluationSummary:
         found = _setting(job, model, corpus, classes, loading.resolve_dtype(job.model.dtype, places.gpu))
         folder.prepare(_settings(job, found))
         done = folder.finished(uris)
+        partial.remove(folder, done)
         todo = [uri for uri in uris if uri not in done]
         summary = EvaluationSummary(folder.uri, len(uris), len(done))
         start = time.monotonic()
@@ -184,6 +186,7 @@ def run(job: EvaluationJob) -> EvaluationSummary:
                 match=job.pruning.match,
                 embeddings=-(-job.neighbours // len(uris)),  # of each shard as many
             ),
+            keep_work=job.keep_work,
         )
         work_through(pool, "evaluate", folder, ray.put(plan), todo, summary, job.limit)
         summary.seconds = time.monotonic() - start

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from cluster.actor import Shared, TowerActor
+from cluster.actor import Shared, TowerActor, keeper
 from patchrank.data.progress import Progress, ShardReport
 from patchrank.data.shard_job import ShardResult
 from patchrank.evaluation import latency
@@ -22,6 +22,7 @@ from patchrank.pruning.methods import UNPRUNED
 from patchrank.pruning.pruned import pruned_tower
 from patchrank.store import rankings
 from patchrank.store.folder import Folder
+from patchrank.store.partial import Partial
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class EvaluationPlan:
     bundle: Bundle | None
     rankings: str | None
     config: EvaluationConfig
+    keep_work: float
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,11 @@ class EvaluationActor(TowerActor):
     def evaluate(self, shared: Shared, shard: str, plan: EvaluationPlan) -> ShardReport:
         """Evaluate a shard and write its table and its rejects. Raises OutputError where they cannot be written."""
 
-        def work(progress: Progress) -> ShardResult:
-            return self._evaluation(shared, plan).evaluate(shard, progress)
+        def work(progress: Progress, part: Partial) -> ShardResult:
+            return self._evaluation(shared, plan).evaluate(shard, progress, part)
 
-        return self._made(shard, plan.folder, work)
+        part = Partial(plan.folder, shard, plan.keep_work, write=keeper(plan.folder))
+        return self._made(shard, plan.folder, work, part)
 
     def latency(self, shared: Shared, item: str, plan: LatencyPlan) -> tuple[list[Latency], str]:
         """Seconds a batch and speed-up of every method at every keep rate and batch size, and the device's name."""

@@ -27,8 +27,10 @@ from patchrank.model.class_source import ClassSource, FoundClasses
 from patchrank.model.loading import Model, ModelSource
 from patchrank.model.tower import Tower
 from patchrank.search.config import SearchConfig
-from patchrank.store import retry, status, storage
+from patchrank.store import partial, retry, status, storage
 from patchrank.store.folder import Folder
+
+KEEP_WORK = "of a shard in work, write what is done; a lost actor costs at most so much of it (%(default)g)"
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,13 @@ class SearchJob:
     keep_rates: Sequence[float] = flag((0.8, 0.7, 0.6, 0.5, 0.4), "to predict at (%(default)s)", nargs="*")
     machines: Machines = group("machines", Machines)
     patience: float = flag(PATIENCE, "stop once all actors are lost and none is back for so many seconds (%(default)g)")
+    keep_work: float = flag(partial.SECONDS, KEEP_WORK, metavar="SECONDS")
     images_per_batch: int | None = flag(None, "images an actor searches at a time")
     candidates_per_batch: int | None = flag(None, "candidates in a forward pass; halved when memory runs out")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "limit", "max_pixels", "patience", "images_per_batch", "candidates_per_batch")
+        at_least(self, 0, "keep_work")
 
 
 @dataclass
@@ -67,7 +71,7 @@ class Summary:
     failures: dict[str, str] = field(default_factory=dict)  # shard -> why
 
     def total(self, name: str) -> int:
-        """The sum of "images", "rejects" or "candidates" over this run's shards."""
+        """The sum of "images", "rejects", "candidates" or "kept" over this run's shards."""
         return sum(getattr(report.progress, name) for report in self.reports.values())
 
 
@@ -115,6 +119,7 @@ def search(job: SearchJob) -> SearchSummary:
         done = folder.finished(uris)
         again = retry.with_rejects(folder, done) if job.retry_rejects else set()
         done -= again
+        partial.remove(folder, done)
         status.write_shards(folder.uri, uris)
         todo = [uri for uri in uris if uri not in done]
         summary = SearchSummary(folder.uri, len(uris), len(done))
@@ -146,6 +151,7 @@ def plan_of(job: SearchJob, folder: Folder, model: Model, places: Places) -> Pla
         images_per_batch=job.images_per_batch or (64 if places.gpu else 4),
         candidates_per_batch=job.candidates_per_batch,
         limit=job.limit,
+        keep_work=job.keep_work,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cluster.actor import Shared, TowerActor
+from cluster.actor import Shared, TowerActor, keeper
 from cluster.pool import Failed
 from patchrank.data import decoding, shards
 from patchrank.data.decoding import Undecodable
@@ -18,8 +18,9 @@ from patchrank.search.config import SearchConfig
 from patchrank.search.estimate import seconds_per_image
 from patchrank.search.ranker import ShardRanker
 from patchrank.search.searcher import Searcher
-from patchrank.store import rankings
+from patchrank.store import partial, rankings
 from patchrank.store.folder import Folder
+from patchrank.store.partial import Partial
 from patchrank.store.retry import Known
 
 
@@ -35,6 +36,7 @@ class Plan:
     images_per_batch: int
     candidates_per_batch: int | None
     limit: int | None
+    keep_work: float = partial.SECONDS
     again: frozenset[str] = frozenset()  # finished shards of which what was rejected is tried again
 
 
@@ -81,14 +83,17 @@ class RankingActor(TowerActor):
         """
         known = Known(plan.folder, shard) if shard in plan.again else None
 
-        def work(progress: Progress) -> ShardResult:
-            found = self._ranking(shared, plan).rank(shard, progress, self._device, known)
+        def work(progress: Progress, part: Partial) -> ShardResult:
+            found = self._ranking(shared, plan).rank(shard, progress, self._device, known, part)
             if known is not None and found.error:
                 raise ShardError(found.error)  # what is there stays
             return found
 
+        # Of a try of rejects the limit of pixels is not that of the folder, and the rows are not all.
+        about = {"max_pixels": shared.max_pixels, "again": known is not None}
+        part = Partial(plan.folder, shard, plan.keep_work, about, keeper(plan.folder))
         try:
-            return self._made(shard, plan.folder, work, rankings.encode)
+            return self._made(shard, plan.folder, work, part, rankings.encode)
         except ShardError as error:
             return Failed(str(error))
 

@@ -58,18 +58,20 @@ def job(args: argparse.Namespace) -> SearchJob:
 def show(summary: SearchSummary, keep_rates: Sequence[float], prog: str) -> None:
     """Print what was done, what failed, and what to do next."""
     images, rejects, candidates = (summary.total(name) for name in ("images", "rejects", "candidates"))
-    seconds = summary.seconds
+    kept, seconds = summary.total("kept"), summary.seconds
     if summary.resumed:
         print(f"shards        {summary.resumed} of {summary.shards} were finished before")
     if seconds:
-        print(f"images        {images} ranked, {rejects} rejected, in {seconds:.1f} s: {images / seconds:.2f} images/s")
+        ranked = f"{images} ranked" + (f", {kept} kept from tries that were cut off" if kept else "")
+        print(f"images        {ranked}, {rejects} rejected, in {seconds:.1f} s: {images / seconds:.2f} images/s")
         print(f"candidates    {candidates}: {candidates / seconds:.0f} candidates/s")
     if images:
         cosines = zip(keep_rates, summary.mean_cosine(), strict=True)
         print("cosine        " + ", ".join(f"{mean:.4f} at keep {keep}" for keep, mean in cosines))
         first, last = (f"{size / 1e9:.2f} GB" for size in summary.memory())
         print(f"memory        peak of an actor: {first} after its first shard, {last} after its last")
-        print(f"disk          {sum(report.bytes for report in summary.reports.values()) / images:.0f} bytes an image")
+        size = sum(report.bytes for report in summary.reports.values())
+        print(f"disk          {size / (images + kept):.0f} bytes an image")
     print(f"rankings      {summary.folder}")
     for shard, reason in sorted(summary.failures.items()):
         print(f"error: {shard}: {reason}", file=sys.stderr)

@@ -14,6 +14,9 @@ tyro builds parsers from dataclasses, too, but boxes an error over several lines
 from __future__ import annotations
 
 import argparse
+import os
+import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from types import NoneType
@@ -60,14 +63,24 @@ def group(title: str, kind: type) -> Any:
     return field(default_factory=kind, metadata={"group": title, "nested": True})
 
 
+class _Parser(argparse.ArgumentParser):
+    """`~` is the home folder in `--out=~/x`, too, which shells leave as it is."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args([re.sub(r"^(--[\w-]+=)?(~[^/]*)", _home, each) for each in given], namespace)
+
+
+def _home(found: re.Match[str]) -> str:
+    return (found[1] or "") + os.path.expanduser(found[2])
+
+
 def parser(prog: str, description: str | None, *sources: Any) -> argparse.ArgumentParser:
     """A parser of the flags of dataclasses; instances of them set defaults of their own. Groups of one title are one.
 
     The namespace that it parses has the flags' names.
     """
-    result = argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    result = _Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     groups: dict[str, argparse._ArgumentGroup] = {}
     for source in sources:
         _add(result, groups, source)

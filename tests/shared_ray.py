@@ -31,10 +31,10 @@ class Hold:
         """The processes that have come to an image and wait there, or have died there."""
         return {int(path.suffix[1:]) for path in self._folder.glob(f"{key}.*")}
 
-    def release(self):
-        """Everyone goes on."""
-        for path in self._folder.iterdir():
-            path.unlink()
+    def release(self, key="*"):
+        """Everyone goes on, or those who wait at one image."""
+        for path in (*self._folder.glob(key), *self._folder.glob(f"{key}.*")):
+            path.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")

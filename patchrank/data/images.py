@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from patchrank.store.storage import one_line
+from patchrank.store.storage import one_line, stand_in
 
 # What files named .jpg, .png and .webp hold in practice. Not all that Pillow can open: it starts Ghostscript for EPS.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -42,7 +42,7 @@ def decode(data: bytes) -> Image.Image:
             image.load()
             return _rgb(image)
     except UnidentifiedImageError:
-        raise ValueError(f"not an image ({', '.join(FORMATS)})") from None
+        raise ValueError(stand_in(data[:64]) or f"not an image ({', '.join(FORMATS)})") from None
     except MemoryError:  # the machine's trouble, not the image's
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, IndexError, ...

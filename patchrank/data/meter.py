@@ -60,22 +60,22 @@ class Meter:
         """Show where things stand; `current` is of the shards in work, None where nothing has been heard yet."""
         now = _sum([self._done, *(progress for progress in current.values() if progress)])
         images_a_second, candidates_a_second = self._pace(now)
-        each = self._done.images / self._done_shards if self._done_shards else self._limit  # images a shard
+        each = self._done.done / self._done_shards if self._done_shards else self._limit  # images a shard
         total = None if each is None else round(each * (self._shards - self._resumed - self._failed_shards))
-        left = None if total is None or not images_a_second else max(0, total - now.images) / images_a_second
+        left = None if total is None or not images_a_second else max(0, total - now.done) / images_a_second
         self._run.updated, self._run.actors = time.time(), actors
         self._run.images, self._run.rejects, self._run.candidates = now.images, now.rejects, now.candidates
         self._run.images_per_second, self._run.seconds_left = images_a_second or None, left
         self._run.stages = {stage: round(seconds, 1) for stage, seconds in now.seconds.items()}
-        self._run.running = {shard: progress.images if progress else 0 for shard, progress in current.items()}
+        self._run.running = {shard: progress.done if progress else 0 for shard, progress in current.items()}
         self._say()
 
         shards = f"shards {self._resumed + self._done_shards}/{self._shards}"
         rest = f"{candidates_a_second:.0f} candidates/s, " if now.candidates else ""
         rest += f"{now.rejects} rejects, {actors} actors"
         if self._bar is not None:
-            self._bar.total = max(total, now.images) if total is not None else None
-            self._bar.n = now.images
+            self._bar.total = max(total, now.done) if total is not None else None
+            self._bar.n = now.done
             self._bar.set_postfix_str(f"{shards}, {rest}")
         elif time.monotonic() - self._logged >= LOG_SECONDS:
             self._logged = time.monotonic()
@@ -123,5 +123,6 @@ def _sum(parts: Sequence[Progress]) -> Progress:
         images=sum(part.images for part in parts),
         rejects=sum(part.rejects for part in parts),
         candidates=sum(part.candidates for part in parts),
+        kept=sum(part.kept for part in parts),
         seconds={stage: sum(part.seconds.get(stage, 0.0) for part in parts) for stage in stages},
     )

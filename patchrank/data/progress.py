@@ -14,6 +14,7 @@ class Progress:
 
     Attributes:
         images, rejects, candidates: how many.
+        kept: images that an earlier try has done, which are not among `images`.
         cosine: the sums of the pruned images' cosines, one a keep rate.
         seconds: that each stage took; none before `begin`. Decoding, on threads beside the work, in processor seconds.
     """
@@ -21,8 +22,14 @@ class Progress:
     images: int = 0
     rejects: int = 0
     candidates: int = 0
+    kept: int = 0
     cosine: list[float] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def done(self) -> int:
+        """Images that are done, whoever did them."""
+        return self.images + self.kept
 
     def begin(self, work: str) -> None:
         """Name the work between decoding and writing: "search", "evaluate" or "embed"."""

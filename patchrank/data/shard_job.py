@@ -17,6 +17,7 @@ from patchrank.data.progress import Progress
 from patchrank.data.shards import Sample, ShardError
 from patchrank.model.tower import Tower
 from patchrank.store.folder import Reject
+from patchrank.store.partial import Partial
 
 _Samples = Iterator[Sample | Reject]
 
@@ -27,7 +28,7 @@ class ShardResult:
 
     Attributes:
         table: what was found of its images; the rows before the damage where `error` is set.
-        rejects: the samples that could not be used.
+        rejects: the samples that could not be used, in the shard's order.
         error: why the shard could not be read to its end, or None.
     """
 
@@ -99,7 +100,7 @@ class ShardJob:
         stage: where the progress counts the time that `rows` takes.
         what: can overflow, as the reason of a reject names it.
         tower: in whose dtype, and on whose device, it is computed.
-        nothing: the table of a shard without an image; it has the same columns as every other.
+        nothing: the table of a shard without an image; it has the same columns as every other, `key` among them.
         rows: what is found of a batch: a table of the images for which all is finite, and which these are, (B,) bool.
         wanted: as for `Reading.batches`.
     """
@@ -112,7 +113,12 @@ class ShardJob:
     wanted: Callable[[_Samples], _Samples] = lambda samples: samples
 
     def run(
-        self, shard: str, reading: Reading, progress: Progress, turn: AbstractContextManager[object] | None = None
+        self,
+        shard: str,
+        reading: Reading,
+        progress: Progress,
+        turn: AbstractContextManager[object] | None = None,
+        part: Partial | None = None,
     ) -> ShardResult:
         """Make the table of a shard.
 
@@ -120,20 +126,41 @@ class ShardJob:
             progress: is kept up to date meanwhile.
             turn: entered once the first images are there, left after the last were worked on. A lock makes several
                 threads, each with a shard of its own, take turns on the device.
+            part: what an earlier try has done is taken from here, and what is done is kept here. Batches are made of
+                the same images as without, whole ones, so the table is the same.
         """
-        rejects: list[Reject] = []
-        overflows: list[Reject] = []  # apart: the thread that reads ahead adds to the others at any time
+        rejects: list[Reject] = []  # those of the reader, which tells of them again in every try
+        lost: list[Reject] = []  # those of samples that it took for good
+        order: dict[str, int] = {}
+        tables, error = [self.nothing], None
+        if part is not None and (done := part.found()) is not None:
+            tables.append(done.table)
+            lost += done.lost
+        there = set().union(*(table["key"].to_pylist() for table in tables))
+        progress.kept = len(there)
+        progress.rejects = len(lost)
+        there.update(sample.key for sample in lost)
+
+        def rest(samples: _Samples) -> _Samples:
+            for sample in self.wanted(samples):
+                order.setdefault(sample.key, len(order))
+                if isinstance(sample, Reject):
+                    rejects.append(sample)
+                    progress.rejects += 1
+                elif sample.key not in there:
+                    yield sample
 
         def reject(sample: Reject) -> None:
-            rejects.append(sample)
+            lost.append(sample)
             progress.rejects += 1
 
         progress.begin(self.stage)
-        tables, error = [self.nothing], None
         try:
-            made = ahead(reading.batches(shard, reject, progress, self.wanted), pin=self.tower.device.type == "cuda")
+            made = ahead(reading.batches(shard, reject, progress, rest), pin=self.tower.device.type == "cuda")
             first = next(made, None)
             with turn or contextlib.nullcontext():
+                if part is not None:
+                    part.begin()
                 for batch in itertools.chain([] if first is None else [first], made):
                     progress.seconds["decode"] += batch.decode_seconds
                     with progress.timed(self.stage):
@@ -141,12 +168,15 @@ class ShardJob:
                     tables.append(table)
                     progress.images += int(finite.sum())
                     reason = f"{self.what} overflows in {self.tower.dtype}; use --dtype float32"
-                    lost = [key for key, good in zip(batch.keys, finite.tolist(), strict=True) if not good]
-                    overflows += [Reject(key, reason) for key in lost]
+                    overflown = [key for key, good in zip(batch.keys, finite.tolist(), strict=True) if not good]
+                    lost += [Reject(key, reason) for key in overflown]
+                    if part is not None and len(batch.keys) == reading.batch:
+                        part.step(tables, lost)
         except ShardError as damage:
             error = str(damage)
-        progress.rejects = len(rejects) + len(overflows)
-        return ShardResult(pa.concat_tables(tables), rejects + overflows, error)
+        rejects = sorted(rejects + lost, key=lambda sample: order.get(sample.key, len(order)))
+        progress.rejects = len(rejects)
+        return ShardResult(pa.concat_tables(tables), rejects, error)
 
 
 def _timed(samples: _Samples, progress: Progress) -> _Samples:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import sys
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from patchrank.errors import UserError
 from patchrank.store import storage, text
 from patchrank.store.storage import one_line
 
+LABEL = "label"  # the column of a CSV file that has them, unless another is named
 _WINDOW = 64  # images in memory at a time
 
 
@@ -56,11 +58,17 @@ def from_folders(folder: str) -> tuple[list[SourceImage], list[str]]:
     for name in names:
         if any("\ud800" <= letter <= "\udfff" for letter in name):
             raise UserError(f"{folder}: the name of its folder {name!a} is no UTF-8; rename it, as it names a class")
-    seen = {os.path.realpath(place) for place in (folder, *(os.path.join(folder, name) for name in names))}
+    seen = {os.path.realpath(folder): "."}
+    for name in names:
+        place = os.path.realpath(os.path.join(folder, name))
+        if place in seen:
+            raise UserError(f"{folder}: {name} and {seen[place]} are one folder by two names; an image has one class")
+        seen[place] = name
+    walked = set(seen)
     files = [
         SourceImage(folder, os.path.relpath(os.path.join(parent, file), folder), label)
         for label, name in enumerate(names)
-        for parent, file in _walk(os.path.join(folder, name), seen)
+        for parent, file in _walk(os.path.join(folder, name), walked)
         if _extension(file) in IMAGE_EXTENSIONS
     ]
     if not files:
@@ -117,15 +125,22 @@ def from_csv(
     try:
         with io.StringIO(text.decode(Path(file).read_bytes()), newline="") as stream:
             rows = csv.DictReader(stream)
-            rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
+            rows.fieldnames = header = [name.strip() for name in rows.fieldnames or []]
             columns = [path_column, *([label_column] if label_column else [])]
             for column in columns:
-                if column not in rows.fieldnames:
-                    raise UserError(f"{file}: no column {column!r}, only {', '.join(rows.fieldnames)}")
-            lines = [
-                (rows.line_num, row[path_column] or "", (row.get(label_column or "label") or "").strip())
-                for row in rows
-            ]
+                if column not in header:
+                    raise UserError(f"{file}: no column {column!r}, only {', '.join(header)}")
+            if double := next((name for name in (path_column, label_column or LABEL) if header.count(name) > 1), None):
+                raise UserError(f"{file}: two columns are named {double!r}: take one out")
+            lines = []
+            for row in rows:
+                if any(row.get(None) or ()):
+                    raise UserError(
+                        f"{file}, line {rows.line_num}: more fields than the {len(header)} columns; commas in a field "
+                        "need quotes around it"
+                    )
+                label = (row.get(label_column or LABEL) or "").strip()
+                lines.append((rows.line_num, row[path_column] or "", label))
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{file}: cannot be read ({one_line(error)})") from None
     if not lines:
@@ -133,16 +148,21 @@ def from_csv(
     for number, path, _ in lines:
         if not path:
             raise UserError(f"{file}, line {number}: no path")
-    # pandas writes integers as floats where a column has gaps.
-    lines = [(number, path, re.sub(r"^(-?[0-9]{1,9})\.0*$", r"\1", label)) for number, path, label in lines]
     labels = sorted({label for _, _, label in lines if label})
-    integers = [label for label in labels if re.fullmatch("-?[0-9]{1,9}", label)]
+    numbers = {label: text.label(label) for label in labels}
+    if odd := next((label for label in labels if numbers[label] is None and text.is_number(label)), None):
+        raise UserError(f"{file}: label {odd} is a number, but not an integer of up to nine digits")
+    integers = [label for label in labels if numbers[label] is not None]
     if integers and len(integers) < len(labels):
         name = next(label for label in labels if label not in integers)
         raise UserError(f"{file}: labels are either integers or names, but there are {integers[0]!r} and {name!r}")
-    if negative := next((label for label in integers if int(label) < 0), None):
+    if negative := next((label for label in integers if (numbers[label] or 0) < 0), None):
         raise UserError(f"{file}: label {negative} is negative; leave it empty where an image has none")
-    numbers = {label: int(label) if integers else index for index, label in enumerate(labels)}
+    if not integers:
+        numbers = {label: index for index, label in enumerate(labels)}
+    if labels == [] and label_column is None and LABEL not in header and len(header) > 1:
+        others = ", ".join(name for name in header if name != path_column)
+        print(f"warning: {file}: no column {LABEL!r}, only {others}: no image has a label", file=sys.stderr)
     folder = root if root is not None else os.path.dirname(file)
     files = [SourceImage(folder, path, numbers.get(label)) for _, path, label in lines]
     return files, None if integers or not labels else labels

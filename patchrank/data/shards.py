@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -37,13 +38,22 @@ CAPTION_EXTENSION = "txt"
 # The last four: from tarfile, on headers that pass their checksum and hold nonsense.
 _READ_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, LookupError, OverflowError, MemoryError)
 _BUFFER = 4 << 20  # bytes a read: on an object store every read is one request
-# Nine digits fit the 32 bits of a rankings file; pandas writes integers as floats where a column has gaps.
-_LABEL = re.compile(r"\s*([+-]?[0-9]{1,9})(\.0*)?\s*")
 _LONG_HEADERS = (
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
 )
 _MAX_TEXT = 1 << 20  # bytes of a label or of a header
-_COMPRESSED = {b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2"}
+_COMPRESSED = {b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2", b"\x04\x22\x4d\x18": "lz4"}
+_ARCHIVES = {b"PK\x03\x04": "zip", b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!\x1a\x07": "rar", b"PAR1": "Parquet"}
+_NO_TARS = {
+    **{
+        magic: f"compressed by {kind}, and tars are read plain or by gzip: decompress it"
+        for magic, kind in _COMPRESSED.items()
+    },
+    **{
+        magic: f"a {kind} file, and shards are tars: unpack it, and jobs/make_shards.py makes them"
+        for magic, kind in _ARCHIVES.items()
+    },
+}
 _QUERY = re.compile(r"\?\w+=.*")  # the options of a URI, as against `?` as a wildcard
 
 
@@ -62,7 +72,7 @@ class ShardError(Exception):
 
 
 def expand(specs: Sequence[str]) -> list[str]:
-    """The URIs of all shards that the specs name, in order, without duplicates.
+    """The URIs of all shards that the specs name, in order, without duplicates; one by two paths is told on stderr.
 
     A spec is, on disk, s3:// or gs://:
 
@@ -79,7 +89,11 @@ def expand(specs: Sequence[str]) -> list[str]:
         UserError: a glob or folder matches no shard, a list file cannot be read, a bucket cannot be reached, a spec
             that is not named as a shard does not exist, or there is no spec at all.
     """
-    uris = list(dict.fromkeys(uri for spec in specs if spec.strip() for uri in _expand(spec, ())))
+    found: dict[str, str] = {}  # by where it really is
+    for uri in dict.fromkeys(uri for spec in specs if spec.strip() for uri in _expand(spec, ())):
+        if found.setdefault(storage.place(uri), uri) != uri:
+            print(f"warning: {uri}: left out, as it is {found[storage.place(uri)]} by another path", file=sys.stderr)
+    uris = list(found.values())
     if not uris:
         raise UserError("no shards given: name a shard, brace expression, glob, folder or list file (.txt, .list)")
     for uri in {urlsplit(uri)[:2]: uri for uri in reversed(uris) if not storage.is_local(uri)}.values():
@@ -212,7 +226,7 @@ def _listed(path: str, query: str, lists: tuple[str, ...]) -> Iterator[str]:
     if path in lists:
         raise UserError(f"{path}: this list file names itself")
     try:
-        lines = text.decode(storage.read_bytes(path + query)).splitlines()
+        lines = text.lines(text.decode(storage.read_bytes(path + query)))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: the list file cannot be read ({one_line(error)})") from None
     for line in map(str.strip, lines):
@@ -261,12 +275,15 @@ def _samples(stream: io.BufferedReader) -> Iterator[tuple[str, dict[str, bytes],
     A sample ends where the key changes or an extension comes again. The content of files that are not used, or are too
     large, is not read: a few bytes of a gzip can stand for any number.
     """
-    start = stream.peek(6)[:6]
+    start = stream.peek(tarfile.BLOCKSIZE)[: tarfile.BLOCKSIZE]
     if not start:
         raise ShardError("the file is empty")
-    for magic, program in _COMPRESSED.items():
-        if start.startswith(magic):
-            raise ShardError(f"compressed by {program}, and tars are read plain or by gzip: decompress it")
+    if start[257:262] != b"ustar":  # a tar begins with a file's name, which may be any
+        for magic, reason in _NO_TARS.items():
+            if start.startswith(magic):
+                raise ShardError(reason)
+        if reason := storage.stand_in(start):
+            raise ShardError(reason)
     archive = cast(BinaryIO, gzip.GzipFile(fileobj=stream) if start.startswith(b"\x1f\x8b") else stream)
     # Names that are not UTF-8 must still give keys that can be stored.
     try:
@@ -336,14 +353,14 @@ def _label(files: dict[str, bytes]) -> int | None:
     else:
         return None
     written = label if isinstance(label, str) else json.dumps(label)
-    if not (found := _LABEL.fullmatch(written)):
+    if (found := text.label(written)) is None:
         raise ValueError(f"the label is not an integer of up to nine digits: {_excerpt(written)!r}")
-    return int(found[1])
+    return found
 
 
 def _captions(files: dict[str, bytes]) -> tuple[str, ...]:
     """The captions of a sample; none where there are none that can be read."""
-    found: object = text.decode(files.get(CAPTION_EXTENSION, b""), errors="replace").splitlines()
+    found: object = files.get(CAPTION_EXTENSION) and text.lines(text.decode(files[CAPTION_EXTENSION], errors="replace"))
     if not found and "json" in files:
         with contextlib.suppress(ValueError, RecursionError):
             fields = json.loads(text.decode(files["json"]))

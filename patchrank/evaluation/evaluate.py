@@ -29,6 +29,7 @@ from patchrank.model.zero_shot import probabilities
 from patchrank.pruning.comparison import Pruned, Pruner
 from patchrank.pruning.methods import UNPRUNED, Method
 from patchrank.store.folder import Reject
+from patchrank.store.partial import Partial
 from patchrank.store.rankings import Rankings
 from patchrank.tokens import matching_rate
 
@@ -118,8 +119,8 @@ class ShardEvaluator:
         num_classes = None if config.classes is None else len(config.classes)
         self.reading = Reading(preprocess, config.images_per_batch, config.limit, threads, num_classes)
 
-    def evaluate(self, shard: str, progress: Progress | None = None) -> ShardResult:
-        """Prune the images of a shard in every way; `progress` is kept up to date meanwhile."""
+    def evaluate(self, shard: str, progress: Progress | None = None, part: Partial | None = None) -> ShardResult:
+        """Prune the images of a shard in every way; `progress` is kept up to date, `part` as in `ShardJob.run`."""
         golden = self._golden(shard)
         progress = progress or Progress()
 
@@ -131,11 +132,11 @@ class ShardEvaluator:
                 yield sample if ranked else Reject(sample.key, "has no golden ranking")
 
         def rows(batch: Batch) -> tuple[pa.Table, Tensor]:
-            return self._batch(shard, batch, golden, progress.images)
+            return self._batch(shard, batch, golden, progress.done)
 
         nothing = self._rows(shard, [], [], [], [], 0)
         job = ShardJob("evaluate", "a pruned image's embedding", self.tower, nothing, rows, wanted)
-        return job.run(shard, self.reading, progress)
+        return job.run(shard, self.reading, progress, part=part)
 
     def _golden(self, shard: str) -> dict[str, Tensor] | None:
         """Rankings, (N,) each, by key."""

@@ -13,9 +13,10 @@ from open_clip.factory import load_state_dict
 from torch import Tensor
 
 from patchrank.errors import UserError
-from patchrank.store.storage import one_line
+from patchrank.store.storage import one_line, stand_in
 
-_HOLDERS = ("state_dict", "model_state_dict", "model", "module", "net")  # of the weights in a dict of other things
+# Of the weights in a dict of other things; those that are averaged over the training where there are no others.
+_HOLDERS = ("state_dict", "model_state_dict", "model", "module", "net", "state_dict_ema", "model_ema", "ema")
 # What torch.compile, FSDP and activation checkpointing put into the middle of keys.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _FIRST = ("visual.conv1.weight", "visual.trunk.patch_embed.proj.weight")  # a key of a whole model
@@ -38,6 +39,9 @@ def read(path: str) -> tuple[dict[str, Tensor], bool]:
             found = found[holder]
         state = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
     except Exception as error:
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if reason := stand_in(file.read(64)):
+                raise UserError(f"--pretrained {path}: {reason}") from None
         raise UserError(f"--pretrained {path}: cannot be read as weights: {one_line(error)[:200]}") from None
     bare = {_without(key): value for key, value in state.items()}
     prefixes = [key.removesuffix(first) for first in (*_FIRST, *_FIRST_ALONE) for key in bare if key.endswith(first)]

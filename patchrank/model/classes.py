@@ -65,7 +65,9 @@ def read_names(path: str) -> list[str]:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(f"--classes {path}: must be a JSON list of names, in the order of the labels")
     else:
-        names = [line.strip() for line in content.splitlines() if line.strip()]
+        names = [line.strip() for line in text.lines(content.rstrip())] if content.strip() else []
+        if "" in names:  # left out, it would give all that follow the name of another
+            raise UserError(f"--classes {path}: line {names.index('') + 1} is blank; a line is a class, so take it out")
     if not names:
         raise UserError(f"--classes {path}: holds no names")
     return names

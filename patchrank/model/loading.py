@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -174,8 +175,9 @@ def digest(weights: Mapping[str, Tensor], structure: str = "") -> str:
 
 
 def _short(error: Exception) -> str:
-    text = one_line(error)
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    """A message; of long lists of keys the first ones, lest those that are missing hide those that are there."""
+    text = re.sub(r'(?<=state_dict: )(("[^"]*", ){3})("[^"]*"(, )?)+', r"\1...", one_line(error))
+    return text if len(text) <= 400 else f"{text[:400]}..."
 
 
 @contextlib.contextmanager

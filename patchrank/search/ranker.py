@@ -16,6 +16,7 @@ from patchrank.data.shard_job import Reading, ShardJob, ShardResult
 from patchrank.search.objective import SCORES
 from patchrank.search.searcher import Searcher, SearchResult
 from patchrank.store import rankings
+from patchrank.store.partial import Partial
 from patchrank.store.retry import Known
 
 
@@ -39,6 +40,7 @@ class ShardRanker:
         progress: Progress | None = None,
         device: AbstractContextManager[object] | None = None,
         known: Known | None = None,
+        part: Partial | None = None,
     ) -> ShardResult:
         """Search the images of a shard.
 
@@ -46,6 +48,7 @@ class ShardRanker:
             progress: is kept up to date meanwhile.
             device: as `turn` in `ShardJob.run`.
             known: what the shard's table has already: the other samples alone are searched, and put in their places.
+            part: as in `ShardJob.run`.
         """
         progress = progress or Progress()
         progress.cosine = [0.0] * len(self.searcher.keep_rates)
@@ -55,8 +58,8 @@ class ShardRanker:
 
         job = ShardJob("search", "the search", self.searcher.tower, self._no_rows(shard), rows)
         if known is None:
-            return job.run(shard, self.reading, progress, device)
-        found = replace(job, wanted=known.others).run(shard, self.reading, progress, device)
+            return job.run(shard, self.reading, progress, device, part)
+        found = replace(job, wanted=known.others).run(shard, self.reading, progress, device, part)
         return found if found.error else replace(found, table=known.joined(found.table))
 
     def _search(self, shard: str, batch: Batch, progress: Progress) -> tuple[pa.Table, Tensor]:

@@ -4,6 +4,7 @@ OUT/KIND.json               settings of the search, evaluation or training, and 
 OUT/STEM-HASH.parquet       the table of one shard; it repeats the fingerprint. A training has none
 OUT/rejects/....parquet     the samples of that shard that could not be used, and why
 OUT/failed/....json         a shard that could not be read, or only in part: the next run tries it again
+OUT/_partial/....part       what is done of a shard in work: see `patchrank.store.partial`
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from patchrank.store import storage
 Kind = Literal["search", "evaluation", "training"]
 VERSION = "1"  # of the layout of folders with tables, and of their files
 FINGERPRINT, FORMAT, SHARD = "patchrank.fingerprint", "patchrank.format", "patchrank.shard"  # metadata of every file
+PARTIAL = "_partial"  # other readers pass over what begins so
 REJECTS_SCHEMA = pa.schema([("key", pa.string()), ("shard", pa.string()), ("reason", pa.string())])
 
 _ADVICE = "give another --out, or delete the folder"
@@ -125,7 +127,7 @@ class Folder:
                 content = version | {"fingerprint": self.fingerprint, "settings": settings}
                 path = storage.join(self.uri, f"{self.kind}.json")
                 storage.write_atomic(path, json.dumps(content, indent=2).encode() + b"\n")
-            for place in (self.uri, storage.join(self.uri, "rejects"), storage.join(self.uri, "failed")):
+            for place in (self.uri, *(storage.join(self.uri, name) for name in ("rejects", "failed", PARTIAL))):
                 for info in storage.files(place):
                     if info.base_name.startswith(".") and info.base_name.endswith(".tmp"):
                         storage.delete(storage.join(place, info.base_name))

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -323,7 +322,7 @@ class Rankings:
         """Those of some files, by name, that are tables of shards, each shard once; the others are named on stderr."""
         own: dict[str, str] = {}  # by where a shard really is
         for name, shard in shards.items():
-            place = shard if shard is None or not storage.is_local(shard) else os.path.realpath(shard)
+            place = None if shard is None else storage.place(shard)
             if shard is None:
                 reason = "is no table of a shard"
             elif name != file_name(shard):

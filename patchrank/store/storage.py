@@ -57,6 +57,11 @@ def split_options(uri: str) -> tuple[str, str]:
     return path, mark + options
 
 
+def place(uri: str) -> str:
+    """Where a file is, by whatever path, link or options one comes to it."""
+    return os.path.realpath(absolute(uri)) if is_local(uri) else split_options(uri)[0]
+
+
 def join(folder: str, *names: str) -> str:
     """The URI of a file below a folder; the options of a remote URI, after "?", stay at its end."""
     path, options = split_options(folder)
@@ -95,6 +100,15 @@ def _remote(bucket: str, query: str) -> fs.FileSystem:
         retries = fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)  # pauses that double, up to 20 s, at random
         system = fs.S3FileSystem(**options | {"retry_strategy": retries, **_S3_OPTIONS})
     return system
+
+
+def stand_in(start: bytes) -> str | None:
+    """What a file is that begins so, where it stands for another that was not fetched; None of any other."""
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, not the file itself: `git lfs pull` fetches it"
+    if start.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
+        return "a web page, not the file itself: download it again"
+    return None
 
 
 def one_line(error: BaseException) -> str:

@@ -22,7 +22,7 @@ from patchrank.model import loading
 from patchrank.model.classes import classes_of
 from patchrank.model.loading import Model
 from patchrank.model.tower import Tower
-from patchrank.store import rankings
+from patchrank.store import rankings, storage
 from patchrank.store.rankings import Rankings
 from patchrank.training.outcome import Figures
 
@@ -212,6 +212,7 @@ def open_images(source: ImageSource, seed: int = 0) -> tuple[TrainingImages, Mod
     if test is None:
         test = assets.TEST_SHARDS if model == assets.MODEL else []
     wanted = None if source.shards is None else shards.expand(source.shards)
+    tested = shards.expand(test) if test else []
     loaded = loading.load(model, pretrained)
     cut = source.cut if corpus is None else corpus.settings["model"]["cut"]
     tower = Tower(loaded.visual, cut, name=model)
@@ -231,9 +232,12 @@ def open_images(source: ImageSource, seed: int = 0) -> tuple[TrainingImages, Mod
         ranked=None if corpus is None else reader(ranked=True),
         classes=None if known is None else known.embeddings,
         dtype=source.dtype,
-        test=shards.expand(test) if test else [],
+        test=tested,
         measured=source.measured,
         features=source.cache_features,
         recompute=source.recompute,
     )
+    learnt = {storage.place(uri) for uri in images.everything.shards}
+    if both := next((uri for uri in tested if storage.place(uri) in learnt), None):
+        raise UserError(f"--test {both}: would be learnt from, too; name shards that are not among those to learn from")
     return images, loaded

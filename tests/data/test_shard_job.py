@@ -35,9 +35,9 @@ def test_every_image_is_in_the_table_or_a_reject_with_its_reason(small_clip, sha
     found = made(Tower(small_clip().visual)).run(str(shard), Reading(to_tensor, batch=2, num_classes=3), progress)
     assert found.table["key"].to_pylist() == ["0", "1", "5", "6"] and found.error is None
     assert [(reject.key, reject.reason) for reject in found.rejects] == [
+        ("2", "the count overflows in torch.float32; use --dtype float32"),
         ("3", "label -1 is negative"),
         ("4", "label 999999999 is not one of the 3 classes, 0 to 2"),
-        ("2", "the count overflows in torch.float32; use --dtype float32"),
     ]
     assert (progress.images, progress.rejects) == (4, 3)
 
