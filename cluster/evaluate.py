@@ -24,7 +24,7 @@ from patchrank.data import pairs, shards
 from patchrank.data.images import MAX_PIXELS
 from patchrank.errors import UserError
 from patchrank.evaluation import figures, neighbours, record
-from patchrank.evaluation.evaluate import EvaluationConfig
+from patchrank.evaluation.evaluate import COLUMNS, EvaluationConfig
 from patchrank.evaluation.latency import Timing
 from patchrank.evaluation.record import Latency, Record
 from patchrank.flags import at_least, flag, group
@@ -156,10 +156,10 @@ def run(job: EvaluationJob) -> EvaluationSummary:
         identity, known = classes_of(corpus)
         classes = FoundClasses(identity, corpus.class_names, known)
     else:
-        classes = class_source.find(job.classes, names, model, folder.uri, prototypes)
+        classes = class_source.find(job.classes, names, model, folder, prototypes)
     with connected(job.machines, len(uris)) as places, storage.one_line_errors(folder.uri):
         found = _setting(job, model, corpus, classes, loading.resolve_dtype(job.model.dtype, places.gpu))
-        folder.prepare(_settings(job, found))
+        folder.prepare(_settings(job, found), COLUMNS)
         done = folder.finished(uris)
         partial.remove(folder, done)
         todo = [uri for uri in uris if uri not in done]
@@ -170,7 +170,7 @@ def run(job: EvaluationJob) -> EvaluationSummary:
         pool = Pool(EvaluationActor, shared, size, places.cpus, places.gpus, (OutputError,), places.room)
         pool.patience = job.patience
         batch = job.images_per_batch or (64 if places.gpu else 8)
-        known = settle(pool, classes, folder.uri, batch)
+        known = settle(pool, classes, folder, batch)
         plan = EvaluationPlan(
             folder=folder,
             methods=tuple(found.methods),
@@ -195,7 +195,7 @@ def run(job: EvaluationJob) -> EvaluationSummary:
             shard, reason = min(summary.failures.items())
             raise UserError(f"{shard}: {reason}" + ("; no other shard has a table either" if len(uris) > 1 else ""))
         summary.record = _sum_up(job, found, uris, there, folder.uri, pool)
-        summary.record.write(folder.uri)
+        summary.record.write(folder)
     save_bundle = job.pruning.save_bundle
     if save_bundle and found.bundle is not None:
         own = [UNPRUNED, *(name for name, entry in METHODS.items() if Need.PREDICTOR in entry.needs)]
@@ -260,7 +260,7 @@ def _settings(job: EvaluationJob, found: _Setting) -> dict[str, Any]:
         "held_out": job.held_out,
         "match": job.pruning.match,
         "max_pixels": job.max_pixels,
-        "about": about(model, job.model.pretrained, found.classes),
+        "about": about(model, job.model.pretrained, found.classes, job.shards),
     }
 
 

@@ -14,16 +14,16 @@ from patchrank.errors import UserError
 from patchrank.model import classes
 from patchrank.model.class_source import FoundClasses
 from patchrank.model.classes import CLASSES_FILE, Classes
-from patchrank.store import storage
+from patchrank.store.folder import Folder
 
 
-def settle(pool: Pool, found: FoundClasses, folder: str, images_per_batch: int) -> Classes | None:
+def settle(pool: Pool, found: FoundClasses, folder: Folder, images_per_batch: int) -> Classes | None:
     """The class embeddings, by now made if they are prototypes, and kept in the folder for a run that goes on."""
     known = found.known
     if found.identity and known is None:
-        known = _make_prototypes(pool, found, found.identity, folder, images_per_batch)
+        known = _make_prototypes(pool, found, found.identity, folder.uri, images_per_batch)
     if known:
-        classes.save(storage.join(folder, CLASSES_FILE), known)
+        classes.save(folder.beside(CLASSES_FILE), known)
     return known
 
 

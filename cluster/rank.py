@@ -27,7 +27,7 @@ from patchrank.model.class_source import ClassSource, FoundClasses
 from patchrank.model.loading import Model, ModelSource
 from patchrank.model.tower import Tower
 from patchrank.search.config import SearchConfig
-from patchrank.store import partial, retry, status, storage
+from patchrank.store import partial, rankings, retry, status, storage
 from patchrank.store.folder import Folder
 
 KEEP_WORK = "of a shard in work, write what is done; a lost actor costs at most so much of it (%(default)g)"
@@ -108,14 +108,14 @@ def search(job: SearchJob) -> SearchSummary:
     names = job.classes.names()
     model = job.model.load()
     folder = Folder(job.out)
-    classes = class_source.find(job.classes, names, model, folder.uri, prototypes)
+    classes = class_source.find(job.classes, names, model, folder, prototypes)
     with connected(job.machines, len(uris)) as places, storage.one_line_errors(folder.uri):
         tower = Tower(model.visual, job.model.cut, loading.resolve_dtype(job.model.dtype, places.gpu), name=model.name)
         job.config.check(tower.grid, job.keep_rates, classes=classes.identity is not None)  # before anything is written
         told = settings(job, model, tower, classes)
         if job.retry_rejects and (there := folder.read()):
             told["max_pixels"] = there["settings"].get("max_pixels")  # may be another this time
-        folder.prepare(told)
+        folder.prepare(told, rankings.COLUMNS)
         done = folder.finished(uris)
         again = retry.with_rejects(folder, done) if job.retry_rejects else set()
         done -= again
@@ -132,7 +132,7 @@ def search(job: SearchJob) -> SearchSummary:
         pool = Pool(RankingActor, shared, size, places.cpus, places.gpus, (OutputError,), places.room, at_once=at_once)
         pool.patience = job.patience
         plan = plan_of(job, folder, model, places)
-        known = settle(pool, classes, folder.uri, plan.images_per_batch)
+        known = settle(pool, classes, folder, plan.images_per_batch)
         plan = replace(plan, classes=known.embeddings if known else None, again=frozenset(again))
         work_through(pool, "rank", folder, ray.put(plan), todo, summary, job.limit, again)
         summary.seconds = time.monotonic() - start
@@ -209,13 +209,19 @@ def settings(job: SearchJob, model: Model, tower: Tower, classes: FoundClasses) 
         "classes": classes.identity,
         "limit": job.limit,
         "max_pixels": job.max_pixels,
-        "about": about(model, job.model.pretrained, classes),
+        "about": about(model, job.model.pretrained, classes, job.shards),
     }
 
 
-def about(model: Model, pretrained: str | None, classes: FoundClasses) -> dict[str, Any]:
-    """What decides no table, for readers of a folder."""
-    return {"model": model.name, "pretrained": pretrained, "class_names": classes.names, "patchrank": __version__}
+def about(model: Model, pretrained: str | None, classes: FoundClasses, specs: Sequence[str]) -> dict[str, Any]:
+    """What decides no table, for readers of a folder; `specs` name the shards."""
+    return {
+        "model": model.name,
+        "pretrained": pretrained,
+        "shards": list(specs),
+        "class_names": classes.names,
+        "patchrank": __version__,
+    }
 
 
 def model_settings(model: Model, tower: Tower) -> dict[str, Any]:

@@ -1,9 +1,7 @@
 """What pruning costs and saves, image by image: every method at every keep rate, a Parquet file a shard.
 
-OUT/evaluation.json         the settings of the evaluation and their fingerprint
-OUT/STEM-HASH.parquet       a row an image, method and keep rate: see `schema`
-OUT/rejects/, OUT/failed/   as in a folder of rankings
-OUT/figures.json            what it all comes to: see `patchrank.evaluation.figures`
+A row is an image, method and keep rate: see `schema`. The folder is as `patchrank.store.folder` has it, and beside its
+settings is figures.json: what it all comes to (`patchrank.evaluation.figures`).
 """
 
 from __future__ import annotations
@@ -34,6 +32,21 @@ from patchrank.store.rankings import Rankings
 from patchrank.tokens import matching_rate
 
 TOP = 5
+COLUMNS = {
+    "key": "the sample's key in its shard",
+    "shard": "URI of the shard",
+    "label": "of the sample, where it has one",
+    "method": "the way of pruning, or unpruned",
+    "keep": "share of the tokens that stay; 1 for the unpruned model",
+    "prediction": "class that the image is taken for, where there were class embeddings",
+    "top5": "whether the label is among the five most likely classes",
+    "confidence": "probability of the prediction",
+    "cosine": "of the embedding to the unpruned one",
+    "matching": "share of the most useful tokens, by the golden ranking, that stay, where there are rankings",
+    "kept": "ids of the tokens that stay, where tokens were chosen",
+    "captions": "of the sample, where it has some",
+    "embedding": "normalised, of images with captions and of the first ones of a shard",
+}
 
 
 def schema(embed_dim: int) -> pa.Schema:

@@ -1,4 +1,4 @@
-"""What an evaluation comes to: the record in OUT/figures.json, written when all shards are through."""
+"""What an evaluation comes to: the record in figures.json, written when all shards are through."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Self, get_args, get_origin, get_type_hints
 
 from patchrank.errors import UserError
 from patchrank.store import storage
+from patchrank.store.folder import Folder
 
 FILE = "figures.json"
 RECALLS = ("1", "5", "10")
@@ -156,9 +157,9 @@ class Record:
         if not self.figures:
             raise ValueError("it has no figures")
 
-    def write(self, folder: str) -> None:
-        """Write figures.json. Raises OSError."""
-        storage.write_atomic(storage.join(folder, FILE), json.dumps(asdict(self), indent=1).encode() + b"\n")
+    def write(self, folder: Folder) -> None:
+        """Write figures.json, where `Folder.beside` says. Raises OSError."""
+        storage.write_atomic(folder.beside(FILE), json.dumps(asdict(self), indent=1).encode() + b"\n")
 
     @classmethod
     def read(cls, folder: str) -> Self:
@@ -168,14 +169,14 @@ class Record:
             UserError: no such folder, it is none of an evaluation or of one that has not come to its end, or its
                 figures are damaged.
         """
-        uri = storage.absolute(folder)
-        path = storage.join(uri, FILE)
+        home = Folder(folder, "evaluation")
         try:
-            if not storage.exists(uri):
+            path = home.beside(FILE)
+            if not storage.exists(home.uri):
                 raise UserError(f"{folder}: no such folder")
             data = storage.read_bytes(path)
         except FileNotFoundError:
-            begun = storage.exists(storage.join(uri, "evaluation.json"))
+            begun = storage.exists(home.beside("evaluation.json"))
             lacks = f"{FILE} yet" if begun else f"{FILE}, so it is not a folder of an evaluation"
             raise UserError(f"{folder}: holds no {lacks}; run jobs/evaluate.py to its end") from None
         except OSError as error:

@@ -12,6 +12,7 @@ from patchrank.model import classes
 from patchrank.model.classes import CLASSES_FILE, TEMPLATES, Classes
 from patchrank.model.loading import Model
 from patchrank.store import storage
+from patchrank.store.folder import Folder
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class FoundClasses:
 
 
 def find(
-    source: ClassSource, names: list[str] | None, model: Model, folder: str, prototypes: Sequence[str]
+    source: ClassSource, names: list[str] | None, model: Model, folder: Folder, prototypes: Sequence[str]
 ) -> FoundClasses:
     """The class embeddings of a job, unless they are prototypes that actors have yet to make.
 
@@ -75,11 +76,11 @@ def find(
     """
     if source.class_embeddings and prototypes:
         raise UserError("--class-embeddings and --prototypes exclude each other: choose one")
-    with storage.one_line_errors(folder):
+    with storage.one_line_errors(folder.uri):
         if source.class_embeddings:
             known = classes.from_file(source.class_embeddings, model.visual.output_dim, names)
             return FoundClasses(known.identity, known.names, known)
-        kept = storage.join(folder, CLASSES_FILE)
+        kept = folder.beside(CLASSES_FILE)
         if prototypes:
             made_from = [model.weights, str(names and len(names)), *prototypes]
             identity = f"prototypes {hashlib.sha256(chr(10).join(made_from).encode()).hexdigest()[:16]}"

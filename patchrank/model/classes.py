@@ -206,7 +206,7 @@ def classes_of(corpus: Rankings) -> tuple[str | None, Classes | None]:
     identity = corpus.settings.get("classes")
     if identity is None:
         return None, None
-    known = load(storage.join(corpus.folder, CLASSES_FILE), identity, corpus.class_names)
+    known = load(corpus.home.beside(CLASSES_FILE), identity, corpus.class_names)
     if known is None:
         raise UserError(f"{corpus.folder}: its {CLASSES_FILE} is missing or of other classes; run the search again")
     return identity, known

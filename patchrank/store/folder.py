@@ -1,10 +1,16 @@
 """A folder of results: whose it is, what is finished in it, and what a shard leaves there, whole or not at all.
 
-OUT/KIND.json               settings of the search, evaluation or training, and their fingerprint
-OUT/STEM-HASH.parquet       the table of one shard; it repeats the fingerprint. A training has none
-OUT/rejects/....parquet     the samples of that shard that could not be used, and why
-OUT/failed/....json         a shard that could not be read, or only in part: the next run tries it again
-OUT/_partial/....part       what is done of a shard in work: see `patchrank.store.partial`
+OUT/STEM-HASH.parquet                      the table of one shard; it repeats the fingerprint of the settings
+OUT/__patchrank__/KIND.json                settings of the search, evaluation or embedding, and their fingerprint
+OUT/__patchrank__/README.md                the dataset card
+OUT/__patchrank__/rejects/....parquet      the samples of a shard that could not be used, and why
+OUT/__patchrank__/failed/....json          a shard that could not be read, or only in part: the next run tries it again
+OUT/__patchrank__/_partial/....part        what is done of a shard in work: see `patchrank.store.partial`
+
+What is no table has a folder of its own, whose name pyarrow, pandas, Spark, Ray Data and datasets all take for none of
+theirs: the first four leave out what begins with "_", the last one folders that begin with "__", and any other file
+beside the tables, a README.md too, would be opened as Parquet. In folders of before 0.2 it is right in OUT: they are
+read, and gone on with, as they are. A training has no tables, and its settings in OUT.
 """
 
 from __future__ import annotations
@@ -21,20 +27,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from patchrank.errors import UserError
-from patchrank.store import storage
+from patchrank.store import card, storage
 
-Kind = Literal["search", "evaluation", "training"]
+Kind = Literal["search", "evaluation", "embedding", "training"]
+TABLED: tuple[Kind, ...] = ("search", "evaluation", "embedding")  # of which a folder holds tables
+BESIDE = "__patchrank__"  # what of a folder is no table
 VERSION = "1"  # of the layout of folders with tables, and of their files
 FINGERPRINT, FORMAT, SHARD = "patchrank.fingerprint", "patchrank.format", "patchrank.shard"  # metadata of every file
 PARTIAL = "_partial"  # other readers pass over what begins so
 REJECTS_SCHEMA = pa.schema([("key", pa.string()), ("shard", pa.string()), ("reason", pa.string())])
 
 _ADVICE = "give another --out, or delete the folder"
-_MEND = {  # damaged settings
-    "search": "restore it, or delete the folder and search again",
-    "evaluation": "restore it, or delete the folder and evaluate again",
-    "training": "delete the folder and train again",
-}
+VERBS: dict[Kind, str] = {"search": "search", "evaluation": "evaluate", "embedding": "embed", "training": "train"}
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,19 @@ class Folder:
         self.uri = storage.absolute(uri)
         self.kind = kind
         self.fingerprint = fingerprint
+        self._beside: str | None = None  # where what is no table is, once that is known
+
+    def beside(self, *names: str) -> str:
+        """The URI of what is in the folder and no table. Raises OSError where the folder cannot be read."""
+        if self._beside is None:
+            ours, settings = storage.join(self.uri, BESIDE), f"{self.kind}.json"
+            if self._has_tables and storage.exists(storage.join(ours, settings)):
+                self._beside = ours
+            elif not self._has_tables or storage.exists(storage.join(self.uri, settings)):  # of before 0.2
+                self._beside = self.uri
+            else:  # nobody has begun it yet
+                return storage.join(ours, *names)
+        return storage.join(self._beside, *names)
 
     def read(self) -> dict[str, Any] | None:
         """The `settings` of the folder and their `fingerprint`; None where there are none yet.
@@ -79,7 +96,7 @@ class Folder:
             UserError: their file is damaged, has been edited, or has another version.
             OSError: it cannot be read.
         """
-        path = storage.join(self.uri, f"{self.kind}.json")
+        path = self.beside(f"{self.kind}.json")
         try:
             data = storage.read_bytes(path)
         except FileNotFoundError:
@@ -89,7 +106,8 @@ class Folder:
             theirs, ours = content["fingerprint"], _fingerprint(content["settings"])
             version = content["format"] if self._has_tables else VERSION
         except (ValueError, TypeError, LookupError, AttributeError):
-            raise UserError(f"{path}: damaged; {_MEND[self.kind]}") from None
+            mend = f"{'restore it, or ' if self._has_tables else ''}delete the folder and {VERBS[self.kind]} again"
+            raise UserError(f"{path}: damaged; {mend}") from None
         if version != VERSION:
             raise UserError(f"{path}: has format {version}, and this version of patchrank reads {VERSION}")
         if theirs != ours:
@@ -98,7 +116,7 @@ class Folder:
             )
         return content
 
-    def prepare(self, settings: Mapping[str, Any]) -> Self:
+    def prepare(self, settings: Mapping[str, Any], columns: Mapping[str, str] | None = None) -> Self:
         """Take the folder for a job: a new one, or one that holds a part of the same job.
 
         Removes temporary files that killed runs left, so a folder belongs to one run at a time.
@@ -106,6 +124,7 @@ class Folder:
         Args:
             settings: what decides the result, JSON values, nested as you like; `settings["about"]` is stored for
                 readers, but does not decide anything and is not compared.
+            columns: what those of the tables mean, for the folder's card; no card where None.
 
         Returns:
             The folder itself, which from now on has the fingerprint of the settings: 16 hexadecimal digits.
@@ -125,9 +144,12 @@ class Folder:
             else:
                 version = {"format": VERSION} if self._has_tables else {}
                 content = version | {"fingerprint": self.fingerprint, "settings": settings}
-                path = storage.join(self.uri, f"{self.kind}.json")
+                path = self.beside(f"{self.kind}.json")
                 storage.write_atomic(path, json.dumps(content, indent=2).encode() + b"\n")
-            for place in (self.uri, *(storage.join(self.uri, name) for name in ("rejects", "failed", PARTIAL))):
+            path = self.beside(card.FILE)
+            if columns and self.beside() != self.uri and not storage.exists(path):
+                storage.write_atomic(path, card.render(self.kind, settings, columns).encode())
+            for place in {self.uri, self.beside(), *map(self.beside, ("rejects", "failed", PARTIAL))}:
                 for info in storage.files(place):
                     if info.base_name.startswith(".") and info.base_name.endswith(".tmp"):
                         storage.delete(storage.join(place, info.base_name))
@@ -161,7 +183,7 @@ class Folder:
     def finished(self, shards: Sequence[str]) -> set[str]:
         """The shards that have their table and no failure record: two listings, no file is opened."""
         done = set(parquet_files(self.uri))
-        failed = {info.base_name for info in storage.files(storage.join(self.uri, "failed"))}
+        failed = {info.base_name for info in storage.files(self.beside("failed"))}
         return {shard for shard in shards if file_name(shard) in done and _failure_name(shard) not in failed}
 
     def write(
@@ -191,7 +213,7 @@ class Folder:
                 return 0
         metadata = {FINGERPRINT: self.fingerprint, FORMAT: VERSION, SHARD: shard}
         name, size = file_name(shard), 0
-        rejects_file = storage.join(self.uri, "rejects", name)
+        rejects_file = self.beside("rejects", name)
         if rejects:
             rows = [{"key": reject.key, "shard": shard, "reason": reject.reason} for reject in rejects]
             data = serialise(pa.Table.from_pylist(rows, REJECTS_SCHEMA), metadata)
@@ -212,21 +234,37 @@ class Folder:
     def record_failure(self, shard: str, error: str) -> None:
         """Note that a shard could not be read, or only in part: it counts as not finished until `clear_failure`."""
         content = json.dumps({"shard": shard, "error": error}).encode() + b"\n"
-        storage.write_atomic(storage.join(self.uri, "failed", _failure_name(shard)), content)
+        storage.write_atomic(self.beside("failed", _failure_name(shard)), content)
 
     def clear_failure(self, shard: str) -> None:
         """Take back what `record_failure` noted, if anything."""
-        storage.delete(storage.join(self.uri, "failed", _failure_name(shard)))
+        storage.delete(self.beside("failed", _failure_name(shard)))
 
     def failures(self) -> list[dict[str, str]]:
         """The recorded failures, as {"shard", "error"}, sorted by shard."""
-        place = storage.join(self.uri, "failed")
+        place = self.beside("failed")
         names = [info.base_name for info in storage.files(place) if info.base_name.endswith(".json")]
         return sorted((_failure(place, name) for name in names), key=lambda record: record["shard"])
 
     @property
     def _has_tables(self) -> bool:
-        return self.kind != "training"
+        return self.kind in TABLED
+
+
+def find(uri: str) -> Folder | None:
+    """The folder at a URI that holds tables, whatever they are of; None where there is none, or none yet.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    for place in (storage.join(uri, BESIDE), uri):
+        names = {info.base_name for info in storage.files(place)}
+        for kind in TABLED:
+            if f"{kind}.json" in names:
+                found = Folder(uri, kind)
+                found._beside = storage.absolute(place)
+                return found
+    return None
 
 
 def file_name(shard: str) -> str:

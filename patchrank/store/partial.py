@@ -1,6 +1,6 @@
 """What is done of a shard while the rest is in work, so that a lost machine costs minutes of it and not the shard.
 
-OUT/_partial/STEM-HASH.part   rows and lost samples so far; no reader of tables takes it for one
+OUT/__patchrank__/_partial/STEM-HASH.part   rows and lost samples so far; no reader of tables takes it for one
 
 It starts with a digest of the rest, a table in Arrow's stream format; what it is of is in the metadata of that.
 """
@@ -53,7 +53,7 @@ class Partial:
         about: Mapping[str, Any] | None = None,
         write: Callable[[str, bytes], None] = storage.write_atomic,
     ) -> None:
-        self._uri = storage.join(folder.uri, PARTIAL, _name(shard))
+        self._uri = folder.beside(PARTIAL, _name(shard))
         self._every, self._write = every, write
         self._about = {"fingerprint": folder.fingerprint, "shard": shard, "file": _file(shard), **(about or {})}
         self._written = self._called = time.monotonic()
@@ -95,14 +95,14 @@ class Partial:
 
 def kept(folder: Folder, shards: Iterable[str]) -> set[str]:
     """Those of some shards of which a part is kept: one listing."""
-    there = {info.base_name for info in storage.files(storage.join(folder.uri, PARTIAL))}
+    there = {info.base_name for info in storage.files(folder.beside(PARTIAL))}
     return {shard for shard in shards if _name(shard) in there} if there else set()
 
 
 def remove(folder: Folder, shards: Iterable[str]) -> None:
     """Remove the parts of shards that have their table, and what was left half-written when a machine was lost."""
     for shard in kept(folder, shards):
-        storage.delete(storage.join(folder.uri, PARTIAL, _name(shard)))
+        storage.delete(folder.beside(PARTIAL, _name(shard)))
 
 
 def _name(shard: str) -> str:

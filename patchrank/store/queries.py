@@ -26,7 +26,6 @@ import pyarrow as pa
 
 from patchrank.errors import UserError
 from patchrank.store import storage
-from patchrank.store.folder import Folder
 from patchrank.store.rankings import Rankings
 
 if TYPE_CHECKING:
@@ -172,7 +171,7 @@ def connect(corpus: Rankings) -> Iterator[DuckDBPyConnection]:
         try:
             if storage.is_local(corpus.folder):
                 paths = [glob.escape(path) for path in dataset.files]
-                connection.read_parquet(paths).create_view("rankings")
+                connection.read_parquet(paths, hive_partitioning=False).create_view("rankings")
             else:  # DuckDB would have to download an extension to read buckets
                 connection.register("rankings_dataset", dataset)
                 connection.execute(
@@ -192,7 +191,7 @@ def _small_tables(corpus: Rankings) -> dict[str, pa.Table]:
     names = corpus.class_names or []
     tokens = pa.array(range(corpus.num_tokens), pa.int32())
     columns = corpus.grid and corpus.grid[1]
-    failures = Folder(corpus.folder).failures()
+    failures = corpus.home.failures()
     return {
         "rejects": corpus.rejects(),
         "failures": pa.Table.from_pylist(failures, pa.schema([("shard", pa.string()), ("error", pa.string())])),

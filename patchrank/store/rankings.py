@@ -5,22 +5,15 @@
 
 from __future__ import annotations
 
-import functools
-import re
-import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 
-from patchrank.errors import UserError
-from patchrank.store import storage
-from patchrank.store.folder import FINGERPRINT, REJECTS_SCHEMA, SHARD, Folder, file_name, parquet_files, serialise
+from patchrank.store.corpus import Corpus
+from patchrank.store.folder import serialise
 
 _INTEGERS = ("ranking", "step", "label", "prediction")
 _TENSORS = (*_INTEGERS, "score", "confidence")
@@ -34,10 +27,22 @@ _REPEATED = (
     *("ranking.list.element", "step.list.element"),
 )
 
-_TABLE = re.compile(r"-[0-9a-f]{8}\.parquet$")  # the name of a shard's table, as `file_name` makes it
 _PRUNED = pa.struct(
     [("keep", pa.float64()), ("prediction", pa.int32()), ("confidence", pa.float32()), ("cosine", pa.float32())]
 )
+
+
+COLUMNS = {
+    "key": "the sample's key in its shard",
+    "shard": "URI of the shard",
+    "label": "of the sample, where it has one",
+    "ranking": "ids of the patch tokens, most useful first; ids are row-major positions of patches from 0",
+    "score": "by token id: the score without the token and those that left before it",
+    "step": "by token id: the step in which the token left, from 1; 0 if it never did",
+    "prediction": "class that the whole image is taken for, where the search had class embeddings",
+    "confidence": "its probability",
+    "pruned": "at each of several keep rates: prediction, confidence, and cosine to the embedding of the whole image",
+}
 
 
 def open(path: str) -> Rankings:
@@ -163,44 +168,11 @@ def encode(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
     )
 
 
-class Rankings:
-    """The rankings of one search.
+class Rankings(Corpus):
+    """The rankings of one search; the columns are those of `schema`."""
 
-    Attributes:
-        folder: its URI, absolute.
-        settings: of the search, from search.json.
-        fingerprint: of the settings.
-
-    Raises:
-        UserError: no such folder, no search.json in it, or no rankings yet. Whatever opens its files raises it too,
-            for one that is damaged or belongs to another search.
-    """
-
-    def __init__(self, folder: str) -> None:
-        home = Folder(folder)
-        self.folder = home.uri
-        try:
-            if not storage.exists(self.folder):
-                raise UserError(f"{folder}: no such folder")
-            found = home.read()
-            if found is None:
-                raise UserError(f"{folder}: holds no search.json, so it is not a folder of rankings")
-            self.files = parquet_files(self.folder)  # base names
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be read ({storage.one_line(error)})") from None
-        if not self.files:
-            raise UserError(f"{folder}: holds no rankings yet; run the search again to go on with it")
-        self._named: set[str] = set()  # files that were left out, and named
-        self.settings: dict[str, Any] = found["settings"]
-        self.fingerprint: str = found["fingerprint"]
-
-    def __len__(self) -> int:
-        return self.dataset.count_rows()
-
-    @functools.cached_property
-    def dataset(self) -> ds.Dataset:
-        """All rankings, sorted by file; the columns are those of `schema`."""
-        return self._dataset(self.folder, self.files)
+    kind = "search"
+    rows = "rankings"
 
     @property
     def num_tokens(self) -> int:
@@ -217,49 +189,6 @@ class Rankings:
         """Rows and columns of patches, where the search knew them; a token's id is row * columns + column."""
         grid = self.settings.get("grid")
         return grid and (grid[0], grid[1])
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """The name of each label, where the search knew them."""
-        return self.settings.get("about", {}).get("class_names")
-
-    def rejects(self) -> pa.Table:
-        """The samples that could not be ranked: `key`, `shard`, `reason`."""
-        folder = storage.join(self.folder, "rejects")
-        files = parquet_files(folder)
-        return self._dataset(folder, files).to_table() if files else REJECTS_SCHEMA.empty_table()
-
-    def shards(self) -> list[str]:
-        """The URIs of the shards that have rankings, sorted by their tables' names."""
-
-        def shard(name: str) -> str | None:
-            path = storage.join(self.folder, name)
-            system, inner = storage.resolve(path)
-            try:
-                return _shard_of(pq.read_metadata(inner, filesystem=system).metadata)
-            except (pa.ArrowException, OSError) as error:
-                raise _unreadable(path, error) from None
-
-        with ThreadPoolExecutor(16) as pool:  # for buckets
-            found = dict(zip(self.files, pool.map(shard, self.files), strict=True))
-        return [uri for name, uri in found.items() if uri and name in self._own(self.folder, found)]
-
-    def shard(self, uri: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """The rankings of one shard, in the order of its samples; all columns unless some are named.
-
-        Raises:
-            UserError: the shard has no rankings in this folder.
-        """
-        path = storage.join(self.folder, file_name(uri))
-        system, inner = storage.resolve(path)
-        try:
-            with pq.ParquetFile(inner, filesystem=system) as file:
-                self._check(path, file.metadata.metadata)
-                return file.read(columns=None if columns is None else list(columns)).replace_schema_metadata(None)
-        except FileNotFoundError:
-            raise UserError(f"{self.folder}: holds no rankings of {uri}; run the search on that shard first") from None
-        except (pa.ArrowException, OSError) as error:
-            raise _unreadable(path, error) from None
 
     def tensors(self, columns: Sequence[str] = ("ranking", "score"), shard: str | None = None) -> dict[str, Any]:
         """Columns as torch tensors, of one shard or of all.
@@ -290,69 +219,3 @@ class Rankings:
                 flat = column.fill_null(-1 if name in _INTEGERS else np.nan).to_numpy()  # (B,)
             result[name] = torch.from_numpy(flat.astype(np.int64 if name in _INTEGERS else np.float32))
         return result
-
-    def _dataset(self, folder: str, names: Sequence[str]) -> ds.Dataset:
-        """A dataset over files of a folder, all of this search; what is no table of a shard is left out."""
-        system, inner = storage.resolve(folder)
-
-        def checked(fragment: ds.ParquetFileFragment) -> tuple[str, str | None]:
-            name = fragment.path.rpartition("/")[2]
-            path = storage.join(folder, name)
-            try:
-                shard = _shard_of(fragment.metadata.metadata)
-                if shard is not None or _TABLE.search(name):
-                    self._check(path, fragment.metadata.metadata)
-                return name, shard
-            except (pa.ArrowException, OSError) as error:
-                raise _unreadable(path, error) from None
-
-        try:
-            schema = pq.read_schema(f"{inner}/{names[0]}", filesystem=system).remove_metadata()
-        except (pa.ArrowException, OSError) as error:
-            raise _unreadable(storage.join(folder, names[0]), error) from None
-        dataset = ds.dataset([f"{inner}/{name}" for name in names], schema, format="parquet", filesystem=system)
-        with ThreadPoolExecutor(16) as pool:  # for buckets; a scan needs these footers anyway and finds them read
-            found = dict(pool.map(checked, dataset.get_fragments()))
-        own = self._own(folder, found)
-        if not own:
-            raise UserError(f"{folder}: none of its Parquet files is the table of a shard")
-        return dataset if len(own) == len(names) else self._dataset(folder, own)
-
-    def _own(self, folder: str, shards: Mapping[str, str | None]) -> list[str]:
-        """Those of some files, by name, that are tables of shards, each shard once; the others are named on stderr."""
-        own: dict[str, str] = {}  # by where a shard really is
-        for name, shard in shards.items():
-            place = None if shard is None else storage.place(shard)
-            if shard is None:
-                reason = "is no table of a shard"
-            elif name != file_name(shard):
-                reason = f"has another name than the table of its shard, {file_name(shard)}"
-            elif place in own:
-                reason = f"is of the same shard as {own[place]}, by another path"
-            else:
-                own[str(place)] = name
-                continue
-            if name not in self._named:
-                print(f"warning: {storage.join(folder, name)}: left out, as it {reason}", file=sys.stderr)
-                self._named.add(name)
-        return list(own.values())
-
-    def _check(self, path: str, metadata: Mapping[bytes, bytes] | None) -> None:
-        theirs = (metadata or {}).get(FINGERPRINT.encode(), b"none").decode()
-        if theirs != self.fingerprint:
-            raise UserError(
-                f"{path}: a file of another search (fingerprint {theirs}; the folder's is {self.fingerprint}); "
-                "take it out of the folder"
-            )
-
-
-def _shard_of(metadata: Mapping[bytes, bytes] | None) -> str | None:
-    """The URI of a table's shard; None of a file of others."""
-    shard = (metadata or {}).get(SHARD.encode())
-    return None if shard is None else shard.decode()
-
-
-def _unreadable(path: str, error: BaseException) -> UserError:
-    return UserError(
-        f"{path}: cannot be read ({storage.one_line(error)}); if it is damaged, delete it and search again"
-    )

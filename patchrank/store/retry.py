@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 import pyarrow as pa
 
-from patchrank.store import rankings, storage
+from patchrank.store import rankings
 from patchrank.store.folder import Folder, Reject, file_name, parquet_files
 
 
@@ -23,7 +23,7 @@ _Sample = TypeVar("_Sample", bound=_Keyed)
 
 def with_rejects(folder: Folder, shards: Iterable[str]) -> set[str]:
     """Those of finished shards of which samples were rejected."""
-    there = set(parquet_files(storage.join(folder.uri, "rejects")))
+    there = set(parquet_files(folder.beside("rejects")))
     return {shard for shard in shards if file_name(shard) in there}
 
 

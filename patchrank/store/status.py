@@ -1,9 +1,10 @@
 """How far a search is, told from its output folder alone: while it runs, and after it has ended in whatever way.
 
-    OUT/shards.txt    the shards of the last run, one a line
-    OUT/run.json      what its driver last said: replaced every few seconds, so one that is old is of a driver that died
+    shards.txt    the shards of the last run, one a line
+    run.json      what its driver last said: replaced every few seconds, so one that is old is of a driver that died
 
-What is done, failed and rejected follows from the files of the shards themselves, never from these two.
+Both are where `Folder.beside` says. What is done, failed and rejected follows from the files of the shards themselves,
+never from these two.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from patchrank.errors import UserError
 from patchrank.store import rankings, storage
-from patchrank.store.folder import Folder, file_name, parquet_files
+from patchrank.store.folder import Folder, file_name, find, parquet_files
 
 RUN_FILE, SHARDS_FILE = "run.json", "shards.txt"
 REPORT_SECONDS = 10.0  # between two reports of a driver
@@ -101,9 +102,9 @@ class Status:
 
 
 def write_shards(folder: str, shards: Sequence[str]) -> None:
-    """Note which shards a run is about. Raises OSError where that cannot be written."""
+    """Note which shards a run is about, once its folder is prepared. Raises OSError where that cannot be written."""
     text = "".join(f"{shard}\n" for shard in shards)
-    storage.write_atomic(storage.join(folder, SHARDS_FILE), text.encode())
+    storage.write_atomic((find(folder) or Folder(folder)).beside(SHARDS_FILE), text.encode())
 
 
 def write_run(folder: str, run: Run) -> None:
@@ -111,8 +112,9 @@ def write_run(folder: str, run: Run) -> None:
 
     Does not bring back a folder that has been removed.
     """
-    if storage.exists(storage.join(folder, "search.json")):
-        storage.write_atomic(storage.join(folder, RUN_FILE), json.dumps(asdict(run), indent=1).encode() + b"\n")
+    home = find(folder)
+    if home is not None:
+        storage.write_atomic(home.beside(RUN_FILE), json.dumps(asdict(run), indent=1).encode() + b"\n")
 
 
 def read(folder: str, now: float | None = None) -> Status:
@@ -131,8 +133,8 @@ def read(folder: str, now: float | None = None) -> Status:
     try:
         if home.read() is None:
             raise UserError(f"{folder}: holds no search.json, so no search has begun there")
-        run = _run(folder)
-        shards = _shards(folder)
+        run = _run(home)
+        shards = _shards(home)
         files = parquet_files(folder)
         names = {file_name(shard): shard for shard in shards}
         # A record that is damaged gives the name of its file for that of its shard.
@@ -174,17 +176,17 @@ def _state(run: Run | None, shards: int, done: int, now: float) -> str:
     return "running" if now - run.updated < SILENT_SECONDS else "died"
 
 
-def _run(folder: str) -> Run | None:
+def _run(folder: Folder) -> Run | None:
     try:
-        return Run(**json.loads(storage.read_bytes(storage.join(folder, RUN_FILE))))
+        return Run(**json.loads(storage.read_bytes(folder.beside(RUN_FILE))))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError):  # it tells nothing that cannot do without
         return None
 
 
-def _shards(folder: str) -> list[str]:
+def _shards(folder: Folder) -> list[str]:
     try:
-        return storage.read_bytes(storage.join(folder, SHARDS_FILE)).decode().splitlines()
+        return storage.read_bytes(folder.beside(SHARDS_FILE)).decode().splitlines()
     except FileNotFoundError:
         return []

@@ -17,6 +17,8 @@ import pytest
 from ray.cluster_utils import Cluster
 from tiny_search import command, once_waiting, search_here, tables, wait_for
 
+from patchrank.store.folder import BESIDE
+
 pytest_plugins = ["tiny_results"]
 
 # A node is given up when it does not answer five times in a row for two seconds; Ray's own settings make it a minute.
@@ -164,7 +166,7 @@ def test_a_shard_that_kills_its_actor_is_set_aside_and_the_others_are_done(data,
     assert len(killed) == 3
     expected = {name: table for name, table in tables(undisturbed).items() if not name.startswith("images-2-")}
     assert len(expected) == 5 and tables(out) == expected
-    assert [path.name.rsplit("-", 1)[0] for path in (out / "failed").iterdir()] == ["images-2"]
+    assert [path.name.rsplit("-", 1)[0] for path in (out / BESIDE / "failed").iterdir()] == ["images-2"]
 
 
 def test_a_disk_that_fills_up_stops_the_search_which_goes_on_when_there_is_room(data, undisturbed, tmp_path):

@@ -17,7 +17,7 @@ from patchrank.errors import UserError
 from patchrank.model.loading import ModelSource
 from patchrank.search.config import SearchConfig
 from patchrank.store import rankings
-from patchrank.store.folder import file_name
+from patchrank.store.folder import BESIDE, file_name
 
 pytest_plugins = ["shared_ray"]
 
@@ -66,7 +66,7 @@ def test_what_was_mended_comes_to_its_place(job, tmp_path):
         assert told == wanted
         scores = [np.array(table["score"].to_pylist()) for table in tables]  # images in other batches round otherwise
         np.testing.assert_allclose(*scores, rtol=0, atol=1e-5)
-        rejects = [pq.read_table(f"{folder}/rejects/{file_name(uri)}") for folder in (larger.folder, whole.folder)]
+        rejects = [pq.read_table(f"{each.folder}/{BESIDE}/rejects/{file_name(uri)}") for each in (larger, whole)]
         assert sorted(map(str, rejects[0].to_pylist())) == sorted(map(str, rejects[1].to_pylist()))
     with pytest.raises(UserError, match="max_pixels: 3000 there, 4000 now"):
         search(job(good, bad, max_pixels=4000))

@@ -45,7 +45,7 @@ from patchrank.search.config import SearchConfig
 from patchrank.search.ranker import ShardRanker
 from patchrank.search.searcher import Searcher
 from patchrank.store import rankings
-from patchrank.store.folder import Folder, file_name
+from patchrank.store.folder import BESIDE, Folder, file_name
 
 pytest_plugins = ["shared_ray"]
 
@@ -181,7 +181,7 @@ def test_every_row_is_what_pruning_the_model_by_hand_gives(data, done):
             if name == "golden":
                 assert row["matching"] == 1
     assert seen == len(rows) == 16 * len(cells)
-    rejects = rows_of(Path(done.folder) / "rejects")
+    rejects = rows_of(Path(done.folder) / BESIDE / "rejects")
     assert [row["key"] for row in rejects] == ["0-8", "1-8"]
 
 
@@ -194,11 +194,11 @@ def test_a_search_with_a_limit_limits_its_evaluation(data, address, tmp_path):
     flags = {"rankings": str(tmp_path / "rankings"), "batch_sizes": [], "keep_rates": [0.5]}
     summary = run(job(data, tmp_path / "out", address=address, methods=["golden"], **flags))
     assert {row["key"] for row in rows_of(summary.folder)} == {f"{shard}-{n}" for shard in range(2) for n in range(3)}
-    assert not (Path(summary.folder) / "rejects").exists()
+    assert not (Path(summary.folder) / BESIDE / "rejects").exists()
 
 
 def test_the_figures_are_the_sums_of_the_rows(data, done):
-    content = json.loads((Path(done.folder) / "figures.json").read_text())
+    content = json.loads((Path(done.folder) / BESIDE / "figures.json").read_text())
     assert content == json.loads(json.dumps(asdict(done.record)))
     rows = rows_of(done.folder)
     assert content["images"] == 16 and content["class_names"] == CLASSES and len(content["figures"]) == 13
@@ -270,7 +270,7 @@ def test_an_evaluation_goes_on_where_it_was_and_another_is_kept_out(data, addres
     assert asdict(again.record)["figures"] == asdict(done.record)["figures"]
     with pytest.raises(UserError, match=r"holds another evaluation \(keep_rates: \[0.75, 0.5\] there, \[0.5\] now"):
         run(job(data, done.folder, address=address, keep_rates=[0.5]))
-    settings = json.loads((Path(done.folder) / "evaluation.json").read_text())["settings"]
+    settings = json.loads((Path(done.folder) / BESIDE / "evaluation.json").read_text())["settings"]
     before = {name: value for name, value in settings.items() if name != "compared_at"}  # as 0.1.0 wrote them
     Folder(str(tmp_path / "out"), "evaluation").prepare(before)
     with pytest.raises(UserError, match=r"another evaluation \(compared_at: not set there, .*\); give another --out"):

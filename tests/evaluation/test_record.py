@@ -19,6 +19,7 @@ from patchrank.evaluation.record import (
     Record,
     Retrieval,
 )
+from patchrank.store.folder import BESIDE, Folder
 
 RECALL = {"1": 0.5, "5": 0.75, "10": None}
 RECORD = Record(
@@ -44,16 +45,16 @@ KEYS = {
 
 
 def test_what_is_written_is_read_again(tmp_path):
-    RECORD.write(str(tmp_path))
-    data = (tmp_path / FILE).read_bytes()
+    RECORD.write(Folder(str(tmp_path), "evaluation"))
+    data = (tmp_path / BESIDE / FILE).read_bytes()
     assert Record.read(str(tmp_path)) == RECORD
-    Record.read(str(tmp_path)).write(str(tmp_path))
-    assert (tmp_path / FILE).read_bytes() == data
+    Record.read(str(tmp_path)).write(Folder(str(tmp_path), "evaluation"))
+    assert (tmp_path / BESIDE / FILE).read_bytes() == data
 
 
 def test_the_order_of_the_keys_is_that_of_older_evaluations(tmp_path):
-    RECORD.write(str(tmp_path))
-    content = json.loads((tmp_path / FILE).read_text())
+    RECORD.write(Folder(str(tmp_path), "evaluation"))
+    content = json.loads((tmp_path / BESIDE / FILE).read_text())
     assert list(content) == [
         "model",
         "class_names",
@@ -70,16 +71,16 @@ def test_the_order_of_the_keys_is_that_of_older_evaluations(tmp_path):
 
 
 def test_an_evaluation_of_before_was_not_at_equal_cost_and_has_no_neighbours(tmp_path):
-    RECORD.write(str(tmp_path))
-    content = json.loads((tmp_path / FILE).read_text())
+    RECORD.write(Folder(str(tmp_path), "evaluation"))
+    content = json.loads((tmp_path / BESIDE / FILE).read_text())
     del content["compared_at"], content["neighbours"]
-    (tmp_path / FILE).write_text(json.dumps(content))
+    (tmp_path / BESIDE / FILE).write_text(json.dumps(content))
     assert Record.read(str(tmp_path)) == replace(RECORD, compared_at=None, neighbours=[])
 
 
 def test_the_mean_of_nothing_is_none(tmp_path):
-    replace(RECORD, figures=[replace(RECORD.figures[0], top1=float("nan"))]).write(str(tmp_path))
-    assert "NaN" in (tmp_path / FILE).read_text()
+    replace(RECORD, figures=[replace(RECORD.figures[0], top1=float("nan"))]).write(Folder(str(tmp_path), "evaluation"))
+    assert "NaN" in (tmp_path / BESIDE / FILE).read_text()
     assert Record.read(str(tmp_path)).figures[0].top1 is None
 
 
@@ -94,6 +95,6 @@ def test_the_mean_of_nothing_is_none(tmp_path):
     ],
 )
 def test_other_types_are_refused(name, value, words, tmp_path):
-    replace(RECORD, figures=[replace(RECORD.figures[0], **{name: value})]).write(str(tmp_path))
+    replace(RECORD, figures=[replace(RECORD.figures[0], **{name: value})]).write(Folder(str(tmp_path), "evaluation"))
     with pytest.raises(UserError, match=rf"figures\.json: damaged \({words}\); run jobs/evaluate\.py again"):
         Record.read(str(tmp_path))

@@ -17,6 +17,7 @@ from tiny_search import command, once_waiting, search, search_here, tables, wait
 from cluster import rank
 from cluster.pool import Pool
 from patchrank.store import rankings
+from patchrank.store.folder import BESIDE
 
 pytest_plugins = ["s3", "tiny_results"]
 
@@ -97,10 +98,10 @@ def test_prototypes_are_kept_for_the_run_that_goes_on(data, address, tmp_path):
     flags = ("--prototypes", str(data / "images-{4,5}.tar"), "--actors", "1")
     first = search_here(data, out, *flags, shards="images-0.tar", address=address)
     assert first.returncode == 0, first.stderr
-    kept = (out / "classes.safetensors").read_bytes()
+    kept = (out / BESIDE / "classes.safetensors").read_bytes()
     second = search_here(data, out, *flags, shards="images-{0..1}.tar", address=address)
     assert second.returncode == 0, second.stderr
-    assert (out / "classes.safetensors").read_bytes() == kept
+    assert (out / BESIDE / "classes.safetensors").read_bytes() == kept
     assert len(tables(out)) == 2
 
 

@@ -117,13 +117,12 @@ def test_from_rankings_to_the_table(data, address, tmp_path, capsys):
     # What is shipped does what was trained.
     model = open_clip.create_model(f"local-dir:{data / 'model'}").eval()
     patchrank.prune(model, str(tmp_path / "bundle"), keep=0.5)
-    identity = rankings.open(str(data / "rankings")).settings["classes"]
-    embeddings = classes.load(str(data / "rankings" / "classes.safetensors"), identity, CLASSES).embeddings
+    _, known = classes.classes_of(rankings.open(str(data / "rankings")))
     _, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{data / 'model'}", return_transform=True)
     samples = [sample for sample in shards.read(test)]
     with torch.no_grad():
         found = model.encode_image(torch.stack([preprocess(decode(sample.image)) for sample in samples]))
-    hits = (found @ embeddings.T).argmax(dim=1) == torch.tensor([sample.label for sample in samples])
+    hits = (found @ known.embeddings.T).argmax(dim=1) == torch.tensor([sample.label for sample in samples])
     assert hits.float().mean().item() == pytest.approx(top1, abs=0.03)
 
 

@@ -9,16 +9,16 @@ from made_up import images, save, settings, written
 
 from patchrank.errors import UserError
 from patchrank.store import rankings
-from patchrank.store.folder import Folder, Reject, file_name
+from patchrank.store.folder import BESIDE, Folder, Reject, file_name
 
 
 def test_the_same_search_goes_on_in_its_folder(tmp_path):
     folder = str(tmp_path / "out")
     first = Folder(folder).prepare(settings()).fingerprint
-    before = (tmp_path / "out" / "search.json").read_bytes()
+    before = (tmp_path / "out" / BESIDE / "search.json").read_bytes()
     assert len(first) == 16
     assert Folder(folder).prepare(settings(about={"patchrank": "9"}, grid=(4, 5))).fingerprint == first
-    assert (tmp_path / "out" / "search.json").read_bytes() == before
+    assert (tmp_path / "out" / BESIDE / "search.json").read_bytes() == before
     assert Folder(str(tmp_path / "other")).prepare(settings(limit=3)).fingerprint != first
 
 
@@ -40,7 +40,7 @@ def test_another_search_is_refused(tmp_path, changes, message):
     assert message in str(error.value)
     assert str(tmp_path) in str(error.value) and "--out" in str(error.value)
     assert str(error.value).count(" there") <= 2
-    assert json.loads((tmp_path / "search.json").read_bytes())["settings"] == settings()
+    assert json.loads((tmp_path / BESIDE / "search.json").read_bytes())["settings"] == settings()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": "1"}', b'{"format": 1, "settings": 3}', b"\xff"])
@@ -54,7 +54,7 @@ def test_a_damaged_search_json_is_refused(tmp_path, content):
 
 def test_an_edited_search_json_is_refused(tmp_path):
     Folder(str(tmp_path)).prepare(settings())
-    path = tmp_path / "search.json"
+    path = tmp_path / BESIDE / "search.json"
     path.write_text(path.read_text().replace('"block": 1', '"block": 2'))
     with pytest.raises(UserError, match="was edited"):
         Folder(str(tmp_path)).prepare(settings())
@@ -62,7 +62,7 @@ def test_an_edited_search_json_is_refused(tmp_path):
 
 def test_a_folder_of_another_version_is_refused(tmp_path):
     Folder(str(tmp_path)).prepare(settings())
-    path = tmp_path / "search.json"
+    path = tmp_path / BESIDE / "search.json"
     path.write_text(path.read_text().replace('"format": "1"', '"format": "99"'))
     with pytest.raises(UserError, match="has format 99"):
         rankings.open(str(tmp_path))
@@ -83,7 +83,7 @@ def test_leftovers_of_killed_runs_are_removed(tmp_path):
     save(tmp_path, found, (Reject("x", "no image"),))
     Folder(str(tmp_path)).record_failure(found.shard, "cut short")
     keep = written(tmp_path)
-    for place in ("", "rejects", "failed"):
+    for place in ("", BESIDE, f"{BESIDE}/rejects", f"{BESIDE}/failed"):
         (tmp_path / place / ".a-1234.parquet.xyz.tmp").write_bytes(b"half")
     Folder(str(tmp_path)).prepare(settings())
     assert written(tmp_path) == keep
@@ -109,8 +109,8 @@ def test_finished_shards_are_listed_and_not_opened(tmp_path):
 
 def test_a_damaged_failure_record_still_tells_of_a_failure(tmp_path):
     Folder(str(tmp_path)).record_failure("/data/a.tar", "cut short")
-    (tmp_path / "failed" / "b-01234567.json").touch()
-    (tmp_path / "failed" / "c-01234567.json").write_text('{"shard": 1}')
+    (tmp_path / BESIDE / "failed" / "b-01234567.json").touch()
+    (tmp_path / BESIDE / "failed" / "c-01234567.json").write_text('{"shard": 1}')
     first, second, third = Folder(str(tmp_path)).failures()
     assert first == {"shard": "/data/a.tar", "error": "cut short"}
     for record, name in ((second, "b-01234567"), (third, "c-01234567")):
@@ -119,7 +119,7 @@ def test_a_damaged_failure_record_still_tells_of_a_failure(tmp_path):
 
 def test_an_evaluation_keeps_its_folder_as_a_search_does(tmp_path):
     folder = Folder(str(tmp_path), "evaluation").prepare(settings())
-    assert json.loads((tmp_path / "evaluation.json").read_bytes())["format"] == "1"
+    assert json.loads((tmp_path / BESIDE / "evaluation.json").read_bytes())["format"] == "1"
     folder.write("/data/a.tar", images("/data/a.tar", 2).table())
     folder.write("/data/b.tar", images("/data/b.tar", 0).table(), error="cut short")
     assert folder.tables(["/data/b.tar", "/data/a.tar"]) == [file_name("/data/a.tar")]

@@ -122,7 +122,7 @@ def test_as_much_work_as_was_told_is_repeated_at_most(folder, work, shard, clock
 def test_what_is_damaged_or_of_something_else_is_ignored(folder, work, shard, tmp_path, what):
     about = {"max_pixels": 100}
     work(Partial(folder, shard, 0, about), 3)
-    (file,) = (tmp_path / "out" / "_partial").iterdir()
+    (file,) = (tmp_path / "out" / "__patchrank__" / "_partial").iterdir()
     assert Partial(folder, shard, 0, about).found() is not None
     data = file.read_bytes()
     if what == "shard":
@@ -163,7 +163,7 @@ def test_no_reader_of_tables_sees_it(folder, work, shard, tmp_path):
     assert folder.finished([shard]) == set() and partial.kept(folder, [shard, "/b.tar"]) == {shard}
     readers = ds.dataset(str(tmp_path / "out"), exclude_invalid_files=True)  # as pandas and others do
     assert readers.files == []
-    half = tmp_path / "out" / "_partial" / ".a.part.xyz.tmp"
+    half = tmp_path / "out" / "__patchrank__" / "_partial" / ".a.part.xyz.tmp"
     half.touch()
     folder.prepare({"seed": 1})  # what a killed run left half-written is removed, and what it finished is not
     assert not half.exists() and partial.kept(folder, [shard]) == {shard}

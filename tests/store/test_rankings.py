@@ -16,7 +16,7 @@ from made_up import CLASSES, KEEP_RATES, Images, images, save, settings, written
 
 from patchrank.errors import UserError
 from patchrank.store import rankings
-from patchrank.store.folder import Folder, Reject, file_name
+from patchrank.store.folder import BESIDE, Folder, Reject, file_name
 
 pytest_plugins = ["s3"]
 
@@ -168,8 +168,8 @@ def test_a_disk_that_fills_up_leaves_no_part_of_a_file(tmp_path):
     for folder in ("new", "earlier"):
         with small_disk(), pytest.raises(OSError, match="File too large"):
             Folder(str(tmp_path / folder)).write(many.shard, many.table(), [Reject("k", "no image")])
-    assert written(tmp_path / "new") == [f"rejects/{name}"]
-    assert written(tmp_path / "earlier") == sorted([name, f"rejects/{name}"])
+    assert written(tmp_path / "new") == [f"{BESIDE}/rejects/{name}"]
+    assert written(tmp_path / "earlier") == sorted([name, f"{BESIDE}/rejects/{name}"])
     assert (tmp_path / "earlier" / name).read_bytes() == before
 
 
@@ -185,7 +185,7 @@ def test_rejects(tmp_path):
     ]
     save(tmp_path, found)  # a later try that could read all
     save(tmp_path, other)
-    assert written(tmp_path / "rejects") == []
+    assert written(tmp_path / BESIDE / "rejects") == []
     assert corpus.rejects().to_pylist() == []
     assert len(corpus) == 5
 

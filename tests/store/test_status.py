@@ -22,7 +22,7 @@ import cluster.metrics
 from jobs.status import main
 from patchrank.errors import UserError
 from patchrank.store import status
-from patchrank.store.folder import Folder, Reject
+from patchrank.store.folder import BESIDE, Folder, Reject
 from patchrank.store.status import SILENT_SECONDS, Run
 
 pytest_plugins = ["s3", "tiny_results"]
@@ -77,7 +77,7 @@ def test_a_damaged_failure_record_is_a_failure_of_its_shard(tmp_path):
     half_way(str(tmp_path))
     folder = Folder(str(tmp_path)).prepare(settings())
     folder.write(SHARDS[2], images(SHARDS[2], 5).table(), error="truncated, after 5 samples")
-    (record,) = (tmp_path / "failed").iterdir()
+    (record,) = (tmp_path / BESIDE / "failed").iterdir()
     record.write_bytes(b"")
     found = status.read(str(tmp_path), now=1105.0)
     assert found.done == 2 and list(found.failed) == [SHARDS[2]] and "is damaged" in found.failed[SHARDS[2]]
@@ -115,8 +115,8 @@ def test_shards_of_other_runs_do_not_count(tmp_path):
 def test_without_a_word_from_the_driver_the_tables_still_tell(tmp_path, damaged):
     folder = str(tmp_path)
     half_way(folder)
-    (tmp_path / status.RUN_FILE).write_text(damaged)
-    (tmp_path / status.SHARDS_FILE).unlink()
+    (tmp_path / BESIDE / status.RUN_FILE).write_text(damaged)
+    (tmp_path / BESIDE / status.SHARDS_FILE).unlink()
     found = status.read(folder)
     assert (found.state, found.shards, found.done, found.images) == ("unknown", None, 2, 10)
     assert list(found.failed) == [SHARDS[2]]
@@ -126,7 +126,7 @@ def test_a_folder_without_a_table_and_one_that_is_none(tmp_path):
     Folder(str(tmp_path)).prepare(settings())
     found = status.read(str(tmp_path))
     assert (found.state, found.done, found.images, found.rejects) == ("unknown", 0, 0, 0)
-    for absent in (tmp_path / "absent", tmp_path / "rejects"):
+    for absent in (tmp_path / "absent", tmp_path / BESIDE / "rejects"):
         with pytest.raises(UserError, match=r"no search.json"):
             status.read(str(absent))
 
@@ -197,7 +197,7 @@ def test_a_real_search_is_seen_while_it_runs_and_after_it_was_killed(data, hold,
     ) as process:
 
         def seen() -> bool:
-            if not (out / status.RUN_FILE).exists():
+            if not (out / BESIDE / status.RUN_FILE).exists():
                 return False
             found = status.read(str(out))
             assert found.state == "running"

@@ -13,6 +13,7 @@ from tiny_search import search, tables
 
 from patchrank.errors import UserError
 from patchrank.store import storage
+from patchrank.store.folder import BESIDE
 
 pytest_plugins = ["s3", "tiny_results"]
 
@@ -22,6 +23,7 @@ SECRET = "vErYsEcReT/kEy+0123456789"
 PROGRAM = """
 import sys
 from patchrank.store import storage
+from patchrank.store.folder import BESIDE
 
 storage.ATTEMPTS = int(sys.argv[1])
 storage._S3_OPTIONS["request_timeout"] = 2
@@ -162,7 +164,7 @@ def test_a_search_through_a_bad_bucket_makes_the_same_tables_and_tells_no_secret
         {"fault": "denied", "method": "GET", "path": "/shards/images-1"},
         {"fault": "cut", "method": "GET", "path": "/shards/images-0", "times": 2},
         {"fault": "throttled", "method": "PUT", "path": "/out/images", "times": 3},
-        {"fault": "unanswered", "method": "PUT", "path": "/out/search.json", "times": 1},
+        {"fault": "unanswered", "method": "PUT", "path": f"/out/{BESIDE}/search.json", "times": 1},
         {"fault": "broken", "method": "GET", "path": "list-type", "times": 2},
     )
     out = f"s3://{bucket}/out"
