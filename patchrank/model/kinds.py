@@ -20,6 +20,8 @@ def adapt(visual: nn.Module, name: str = "this model") -> Adapter:
         UserError: there is no kind that takes it; names the model and the reason.
     """
     reason = f"its image tower is a {type(getattr(visual, 'trunk', visual)).__name__}"  # timm's, where it has a trunk
+    if any(kind.takes(inside) for inside in visual.children() for kind in KINDS):  # DDP, torch.compile
+        reason = f"its image tower is inside a {type(visual).__name__}, which is to be put around it once it is pruned"
     kinds = [kind for kind in KINDS if kind.takes(visual)]
     for kind in sorted(kinds, key=lambda kind: type(visual).__mro__.index(kind.module)):  # that of a subclass first
         refusal = kind.refusal(visual)

@@ -250,7 +250,8 @@ def fuse_quick_gelu(mlp: Any) -> None:
     QuickGELU, x sigmoid(1.702 x), is three passes over the widest activation; SiLU, x sigmoid(x), is one. The factor
     goes into the weights before it and out of those after it, unless a norm stands between.
     """
-    known = {mlp.c_fc: nn.Linear, mlp.gelu: QuickGELU, getattr(mlp, "ln", _IDENTITY): nn.Identity, mlp.c_proj: nn.Linear}
+    norm = getattr(mlp, "ln", _IDENTITY)
+    known = {mlp.c_fc: nn.Linear, mlp.gelu: QuickGELU, norm: nn.Identity, mlp.c_proj: nn.Linear}
     plain = all(fidelity.refusal(module, "", (kind,)) is None for module, kind in known.items())
     if plain and not any(parametrize.is_parametrized(module) for module in known):
         with torch.no_grad():

@@ -72,7 +72,7 @@ class Tower(nn.Module):
         self.grid = adapter.grid
 
     def train(self, mode: bool = True) -> Tower:
-        """As of a module, but the image tower stays in eval mode, without dropout and stochastic depth: it is frozen."""
+        """As of any module, but the image tower stays in eval mode, without dropout: it is frozen."""
         super().train(mode)
         self.visual.eval()
         return self

@@ -212,6 +212,23 @@ def test_the_model_in_a_wrapper_is_pruned_and_restored(small_clip, wrap):
     assert patchrank.restore(wrapped) is wrapped and model.visual is original
 
 
+@pytest.mark.parametrize("wrap, name", [(torch.compile, "OptimizedModule"), (nn.DataParallel, "DataParallel")])
+def test_what_is_around_the_image_tower_alone_is_named(small_clip, wrap, name):
+    """Where `prune` puts its tower into a model, only the model itself knows the place."""
+    model = small_clip()
+    own, visual = model.encode_image(IMAGES), model.visual
+    model.visual = wrap(visual)
+    with pytest.raises(UserError, match=f"its image tower is inside a {name}, which is to be put around it once"):
+        patchrank.prune(model, "random")
+    model.visual = visual
+    patchrank.prune(model, "class-attention", keep=0.5)
+    pruned = model.encode_image(IMAGES)
+    if wrap is nn.DataParallel:
+        model.visual = wrap(model.visual)
+        torch.testing.assert_close(model.encode_image(IMAGES), pruned)
+    assert not torch.allclose(pruned, own, atol=1e-4)
+
+
 def test_a_quantized_tower_is_refused_by_name(small_clip):
     model = small_clip()
     model.visual = torch.ao.quantization.quantize_dynamic(model.visual, {nn.Linear}, dtype=torch.qint8)

@@ -1,4 +1,4 @@
-"""Hooks on every module of every kind of tower: they do what they do in the model's own pass, or are refused by name."""
+"""Hooks on every module of every kind of tower: they do what they do in the model's own pass, or are refused."""
 
 from __future__ import annotations
 
