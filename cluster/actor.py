@@ -113,7 +113,8 @@ class TowerActor:
             with progress.timed("write"):
                 size = write(folder, shard, found, encode)
                 if found.error is None:
-                    part.remove()
+                    with contextlib.suppress(OSError):  # then the next run removes it
+                        part.remove()
             self._metrics.pop(shard, None)
             metrics.tell()
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

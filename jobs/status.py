@@ -43,6 +43,7 @@ def show(found: Status) -> None:
     if run and any(run.stages.values()):
         print("seconds       " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in run.stages.items()))
     _list("running", [f"{shard}: {images} images so far" for shard, images in found.running.items()])
+    _list("kept", [f"{shard}: what was done of it" for shard in found.kept if shard not in found.running])
     _list("failed", [f"{shard}: {error}" for shard, error in found.failed.items()])
     _list("rejected", [f"{count} x {reason}" for reason, count in found.reasons.items()])
     if found.state in ("died", "stopped"):

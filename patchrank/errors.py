@@ -37,7 +37,9 @@ def run(main: Callable[[], int]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except UnicodeEncodeError as error:  # a name that the system hands over as bytes, and that is to be stored
-        print(f"error: {ascii(error.object)[:200]}: holds bytes that are no UTF-8; rename it", file=sys.stderr)
+        start = error.object.rfind("\n", 0, error.start) + 1  # it may be one of many lines
+        name = error.object[start:].split("\n")[0]
+        print(f"error: {ascii(name)[-200:]}: holds bytes that are no UTF-8; rename it", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -29,3 +29,5 @@ def test_a_name_that_is_no_utf_8_is_one_line():
     found = done("'/x/\\udce4'.encode()")
     assert found.returncode == 2
     assert found.stderr == "error: '/x/\\udce4': holds bytes that are no UTF-8; rename it\n"
+    found = done("('/y\\n' * 999 + '/x/\\udce4\\n/z\\n').encode()")  # a list of shards
+    assert found.stderr == "error: '/x/\\udce4': holds bytes that are no UTF-8; rename it\n"

@@ -11,6 +11,7 @@ import argparse
 import gzip
 import io
 import json
+import struct
 import subprocess
 import sys
 import tarfile
@@ -75,6 +76,15 @@ def test_images_of_any_shape_have_their_pixels_in_bounded_memory():
     *lines, megabytes = done.stdout.splitlines()
     assert lines == [f"{given} (3, 224, 224) {colour} {colour}" for given, colour in SHAPED.items()]
     assert int(megabytes) < 300
+
+
+def test_tiles_larger_than_any_image_are_refused():
+    """Ten by ten pixels, in one tile of a gigabyte."""
+    header = struct.Struct("<HHII")
+    tags = {256: 10, 257: 10, 258: 8, 259: 8, 262: 1, 277: 1, 322: 32000, 323: 32000, 324: 200, 325: 9}
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(header.pack(tag, 4, 1, tags[tag]) for tag in tags)
+    with pytest.raises(ValueError, match=r"1024000000 pixels exceed the limit of 89478485 \(--max-pixels\)"):
+        images.decode(data.ljust(200, b"\0") + bytes(9))
 
 
 # --- E: labels
@@ -146,6 +156,11 @@ def test_a_shard_by_two_paths_is_read_once(tmp_path, capsys):
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 3
     assert told[0] == f"warning: {tmp_path}/latest.tar: left out, as it is {tmp_path}/a.tar by another path"
+
+
+def test_prototypes_of_images_without_labels_are_refused():
+    with pytest.raises(UserError, match="--prototypes: no image in these shards has a label"):
+        classes.from_sums(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), "x")
 
 
 NUMBERS = {

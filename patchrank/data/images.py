@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -11,6 +12,7 @@ from patchrank.store.storage import one_line, stand_in
 
 # What files named .jpg, .png and .webp hold in practice. Not all that Pillow can open: it starts Ghostscript for EPS.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_TILE = (322, 323)  # tags of a TIFF: width and length of its tiles
 MAX_PIXELS = 89_478_485  # as Pillow has it: a quarter of a gigabyte in RGB
 
 
@@ -35,8 +37,10 @@ def decode(data: bytes) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            tags = getattr(image, "tag_v2", {})  # a TIFF's tiles, which may be larger than the image, are decoded whole
+            sides = [side for side in map(tags.get, _TILE) if isinstance(side, int)]
+            pixels, limit = max(image.width * image.height, math.prod(sides)), Image.MAX_IMAGE_PIXELS
             # Pillow itself only warns up to twice this limit. Turning warnings into errors would not be thread-safe.
-            pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
             if limit is not None and pixels > limit:
                 raise ValueError(f"{pixels} pixels exceed the limit of {limit} (--max-pixels)")
             image.load()

@@ -54,6 +54,7 @@ _NO_TARS = {
         for magic, kind in _ARCHIVES.items()
     },
 }
+_SURROGATES = re.compile("[\ud800-\udfff]")  # halves of characters, which JSON can hold and no table
 _QUERY = re.compile(r"\?\w+=.*")  # the options of a URI, as against `?` as a wildcard
 
 
@@ -366,7 +367,8 @@ def _captions(files: dict[str, bytes]) -> tuple[str, ...]:
             fields = json.loads(text.decode(files["json"]))
             found = (fields.get("captions") or fields.get("caption")) if isinstance(fields, dict) else None
     lines = [found] if isinstance(found, str) else found if isinstance(found, list) else []
-    return tuple(line.strip() for line in lines if isinstance(line, str) and line.strip())
+    whole = (_SURROGATES.sub("\ufffd", line).strip() for line in lines if isinstance(line, str))
+    return tuple(line for line in whole if line)
 
 
 def _excerpt(content: str) -> str:

@@ -167,6 +167,8 @@ def from_sums(sums: Tensor, counts: Tensor, identity: str, names: Sequence[str] 
     Raises:
         UserError: a class without an image.
     """
+    if not len(sums):
+        raise UserError("--prototypes: no image in these shards has a label, and classes are made of labelled images")
     if names is not None and len(names) > len(sums):
         missing = len(sums)
     else:

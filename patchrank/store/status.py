@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from patchrank.errors import UserError
-from patchrank.store import rankings, storage
+from patchrank.store import partial, rankings, storage
 from patchrank.store.folder import Folder, file_name, find, parquet_files
 
 RUN_FILE, SHARDS_FILE = "run.json", "shards.txt"
@@ -68,6 +68,7 @@ class Status:
         done: those of them that have their rankings.
         running: images so far by shard that the driver has in work, or had when it fell silent.
         failed: why, by shard.
+        kept: shards of which a part is kept, for the next run to go on from.
         images, rejects: rows in the folder.
         reasons: of the rejects, how often each.
         run: what the driver last said, if anything.
@@ -79,6 +80,7 @@ class Status:
     done: int
     running: dict[str, int]
     failed: dict[str, str]
+    kept: list[str]
     images: int
     rejects: int
     reasons: dict[str, int]
@@ -139,6 +141,7 @@ def read(folder: str, now: float | None = None) -> Status:
         names = {file_name(shard): shard for shard in shards}
         # A record that is damaged gives the name of its file for that of its shard.
         failed = {names.get(f"{one['shard']}.parquet", one["shard"]): one["error"] for one in home.failures()}
+        kept = partial.kept(home, shards)
         corpus = rankings.open(folder) if files else None
         images = len(corpus) if corpus else 0
         reasons = Counter(corpus.rejects()["reason"].to_pylist() if corpus else [])
@@ -159,6 +162,7 @@ def read(folder: str, now: float | None = None) -> Status:
         done=len(finished),
         running=running,
         failed=failed,
+        kept=sorted(kept),
         images=images,
         rejects=reasons.total(),
         reasons=dict(reasons.most_common()),

@@ -300,8 +300,11 @@ class TokensTask(_ImagesTask):
         else:
             tokens = module.tokens.append(tokens)
         loss, found = self._lacking(batch, tokens, usefulness, wanted, learnable=module.tokens)
-        labels = images.labels.to(found.device)
-        if self.images.classes is None or not self.label_weight or not (labels >= 0).any():
+        if self.images.classes is None or not self.label_weight:
+            return loss
+        labels = images.labels.to(found.device)  # (B,); of shards that were not searched, they may be of no class
+        labels = labels.where((labels >= 0) & (labels < len(self.images.classes)), -1)
+        if not (labels >= 0).any():
             return loss
         known = self._classes(module.tokens)
         assert known is not None

@@ -134,6 +134,10 @@ CAPTIONS = [
     ({"json": b'{"captions": ["a cat"]}', "txt": b"a dog"}, ("a dog",)),
     ({"json": b"{broken", "cls": b"5"}, ()),
     ({"txt": b"\xff"}, ("\ufffd",)),
+    ({"json": b'{"caption": "a cat \\ud83d"}'}, ("a cat \ufffd",)),
+    ({"json": b'{"captions": ["\\ud83d\\ude3a", "\\udcff"]}'}, ("\U0001f63a", "\ufffd")),
+    ({"txt": "a cat".encode("utf-16-be")}, ("\ufffda\ufffd \ufffdc\ufffda\ufffdt",)),
+    ({"txt": "a cat\x85it\u2028sleeps\r\n\rhere".encode()}, ("a cat\x85it\u2028sleeps", "here")),
     ({"txt": "\ufeffa cat".encode()}, ("a cat",)),
     ({"txt": "a cat".encode("utf-16")}, ("a cat",)),
     ({"txt": b"x" * (1 << 20) + b"x"}, ()),  # no caption, but no reason to lose the image
@@ -328,10 +332,8 @@ def test_an_empty_tar_is_an_empty_shard(read_tar):
 
 def test_what_is_not_a_shard(tmp_path, read_tar):
     assert read_tar(b"") == ([], "the file is empty")
-    assert read_tar(b"<html>404</html>") == (
-        [],
-        "not a tar, or truncated: no end-of-archive marker, after 0 samples",
-    )
+    assert read_tar(b"<html>404</html>") == ([], "a web page, not the file itself: download it again")
+    assert read_tar(b"not found") == ([], "not a tar, or truncated: no end-of-archive marker, after 0 samples")
     assert read_tar(b"text " * 1000) == ([], "not a tar, or damaged: invalid header, after 0 samples")
     assert read_tar(gzip.compress(b"text " * 1000)) == ([], "not a tar, or damaged: invalid header, after 0 samples")
     assert read_all(tmp_path / "missing.tar") == ([], "No such file or directory")

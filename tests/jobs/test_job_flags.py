@@ -20,7 +20,7 @@ RATES = [0.8, 0.7, 0.6, 0.5, 0.4]
 CLASSES = {"classes": None, "templates": ["photo"], "class_embeddings": None, "prototypes": []}
 MODEL = {"model": None, "pretrained": None, "cut": None, "dtype": "auto"}
 ACTORS = {name: None for name in ("address", "actors", "cpus_per_actor", "gpus_per_actor", "images_per_batch")}
-ACTORS["patience"] = 600.0
+ACTORS |= {"patience": 600.0, "keep_work": 300.0}
 IMAGES = {
     "rankings": "rankings", "shards": None, "model": None, "pretrained": None, "dtype": "auto",
     "held_out": 0.1, "test": None, "measured": 1000, "cache_features": None, "cut": None, "recompute": False,

@@ -18,7 +18,7 @@ from torchvision.transforms.functional import to_tensor
 from patchrank.data.progress import Progress
 from patchrank.data.shard_job import Reading, ShardJob
 from patchrank.model.tower import Tower
-from patchrank.store import partial
+from patchrank.store import partial, status
 from patchrank.store.folder import Folder
 from patchrank.store.partial import Partial
 
@@ -161,6 +161,8 @@ def test_a_shard_that_is_damaged_at_its_end_keeps_whole_batches(folder, work, sh
 def test_no_reader_of_tables_sees_it(folder, work, shard, tmp_path):
     work(Partial(folder, shard, 0), 3)
     assert folder.finished([shard]) == set() and partial.kept(folder, [shard, "/b.tar"]) == {shard}
+    status.write_shards(folder.uri, [shard, "/b.tar"])
+    assert status.read(folder.uri).kept == [shard]
     readers = ds.dataset(str(tmp_path / "out"), exclude_invalid_files=True)  # as pandas and others do
     assert readers.files == []
     half = tmp_path / "out" / "__patchrank__" / "_partial" / ".a.part.xyz.tmp"

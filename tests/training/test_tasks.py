@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import webdataset as wds
 from PIL import Image
 from small_model import save_model
@@ -113,3 +114,24 @@ def test_images_that_are_all_held_out_are_refused(source):
     task, _ = made(source, "predictor", held_out=1.0)
     with pytest.raises(UserError, match=r"images\.tar: none of its images is left to train on; lower --held-out"):
         task.steps_per_epoch(1)
+
+
+def test_test_shards_that_are_learnt_from_are_refused(source, tmp_path):
+    (tmp_path / "other.tar").symlink_to(source.shards[0])
+    for test in (source.shards, [str(tmp_path / "other.tar")]):
+        with pytest.raises(UserError, match=f"^--test {test[0]}: would be learnt from, too"):
+            open_images(replace(source, test=test))
+
+
+def test_labels_of_no_class_teach_nothing(source):
+    """Those of shards that were not searched may be any; a search rejects them."""
+    task, module = made(source, "tokens")
+    lesson = next(task.batches(0, 1, 8, 1, 0))
+    plain = task.loss(module, lesson)
+    task.images.classes = F.normalize(torch.randn(3, task.images.tower.embed_dim), dim=-1)
+
+    def loss(*labels):
+        return task.loss(module, replace(lesson, images=replace(lesson.images, labels=torch.tensor(labels))))
+
+    assert torch.equal(loss(3, 99, -7, -1, 3, 3, 3, 3), plain)
+    assert torch.equal(loss(2, 99, -7, -1, 3, 3, 3, 3), loss(2, *[-1] * 7)) and loss(2, *[-1] * 7) > plain
