@@ -83,7 +83,8 @@ class Embedder(nn.Module):
         self.tower = tower
         self._forward: nn.Module = tower
         if pruning.method != UNPRUNED:
-            made = pruned_tower(pruning.method, tower.visual, tower.cut, pruning.keep, pruning.bundle)
+            how = pruning.method, tower.visual, tower.cut, pruning.keep, pruning.bundle
+            made = pruned_tower(*how, matched=False)
             if not made.idle:  # else it is the model's own forward pass, which a tower's mix of dtypes is not for
                 self._forward = made.to(tower.device).eval()
 
