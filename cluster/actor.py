@@ -8,6 +8,7 @@ import os
 import resource
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -18,11 +19,13 @@ from torch import Tensor
 from cluster.metrics import Metrics
 from cluster.places import Places
 from cluster.pool import Failed, process_id
+from patchrank.data import decoding, shards
+from patchrank.data.decoding import Undecodable
 from patchrank.data.images import limit_pixels
 from patchrank.data.progress import Progress, ShardReport
 from patchrank.data.prototypes import class_sums
 from patchrank.data.shard_job import Reading, ShardResult
-from patchrank.data.shards import ShardError
+from patchrank.data.shards import Sample, ShardError
 from patchrank.model.tower import Tower
 from patchrank.store import storage
 from patchrank.store.folder import Encode, Folder, serialise
@@ -37,6 +40,22 @@ class Shared:
     preprocess: ray.ObjectRef
     places: Places
     max_pixels: int
+
+
+@dataclass(frozen=True)
+class ShardCost:
+    """What an actor found out about the cost of a shard.
+
+    Attributes:
+        samples: of the shard, up to the limit.
+        seconds: of the job, an image.
+        memory, gpu_memory: peak of the actor's process, and of the GPU, in bytes.
+    """
+
+    samples: int
+    seconds: float
+    memory: int
+    gpu_memory: int
 
 
 class OutputError(Exception):
@@ -119,6 +138,28 @@ class TowerActor:
             metrics.tell()
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             return ShardReport(progress, found.error, size, memory, f"{socket.gethostname()} {os.getpid()}")
+
+    def _counted(self, shared: Shared, shard: str, limit: int | None) -> tuple[int, Tensor, float] | Failed:
+        """The samples of a shard, its first image that can be read, (3, H, W), and the seconds that decoding it takes.
+
+        `Failed` where the shard cannot be read, or holds no such image.
+        """
+        _, preprocess = self._load(shared)
+        samples = 0
+        first: Tensor | None = None
+        seconds = 0.0
+        try:
+            for sample in shards.read(shard, limit):
+                samples += 1
+                if first is None and isinstance(sample, Sample):
+                    with contextlib.suppress(Undecodable):  # the next one will do
+                        decoding.pixels(sample.image, preprocess)  # the first time is no measure
+                        start = time.perf_counter()
+                        first = decoding.pixels(sample.image, preprocess)
+                        seconds = time.perf_counter() - start
+        except ShardError as error:
+            return Failed(str(error))
+        return Failed("holds no image that can be read") if first is None else (samples, first, seconds)
 
     def class_sums(
         self, shared: Shared, shard: str, num_classes: int | None, images_per_batch: int

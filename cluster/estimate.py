@@ -1,17 +1,18 @@
-"""What a search will cost, told before anything is written."""
+"""What a search, or another job over shards, will cost, told before anything is written."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import ray
 
-from cluster.actor import Shared
+from cluster.actor import ShardCost, Shared
 from cluster.places import Places, connected
 from cluster.pool import Failed, Pool
 from cluster.rank import SearchJob, plan_of, settings
-from cluster.ranking_actor import RankingActor, ShardCost
+from cluster.ranking_actor import RankingActor
 from patchrank.data import shards
 from patchrank.errors import UserError
 from patchrank.model import loading
@@ -28,13 +29,13 @@ SAMPLED_SHARDS = 8
 
 @dataclass(frozen=True)
 class Estimate:
-    """The cost of a search.
+    """The cost of a job.
 
     Attributes:
         shards, finished: of the job, and of these those that have their rankings.
-        images: that are left to rank, from the mean of `sampled` shards.
+        images: that are left to do, from the mean of `sampled` shards.
         sampled: how many shards were counted.
-        candidates, multiply_adds: an image.
+        candidates, multiply_adds: an image; no candidates where nothing is searched.
         image_seconds: of one actor.
         places: the actors that there is room for.
         seconds: until the last shard is done.
@@ -86,34 +87,44 @@ def estimate(job: SearchJob) -> Estimate:
         timings = []
         if todo:
             pool = Pool(RankingActor, shared, actors, places.cpus, places.gpus, (), places.room)
-            sample = todo[:: math.ceil(len(todo) / SAMPLED_SHARDS)]
-            for uri, timing in pool.run("estimate", sample, ray.put(plan), SECONDS):
-                if isinstance(timing, Failed):
-                    raise UserError(f"{uri}: {timing.reason}")
-                timings.append(timing)
-    return _sum(job, searcher, places, len(uris), len(todo), timings)
+            timings = measured(pool, todo, plan)
+    candidates = sum(step.candidates for step in config.cost(tower.grid))
+    size = bytes_per_image(tower.num_tokens, job.keep_rates)
+    return summed(timings, places, len(uris), len(todo), (candidates, multiply_adds(searcher), size))
 
 
-def _sum(
-    job: SearchJob, searcher: Searcher, places: Places, all_shards: int, todo: int, timings: list[ShardCost]
+def measured(pool: Pool, todo: list[str], plan: Any) -> list[ShardCost]:
+    """What the pool's actors find out of some of the shards. Raises UserError for one that cannot be read."""
+    timings = []
+    sample = todo[:: math.ceil(len(todo) / SAMPLED_SHARDS)]
+    for uri, timing in pool.run("estimate", sample, ray.put(plan), SECONDS):
+        if isinstance(timing, Failed):
+            raise UserError(f"{uri}: {timing.reason}")
+        timings.append(timing)
+    return timings
+
+
+def summed(
+    timings: list[ShardCost], places: Places, all_shards: int, todo: int, image: tuple[int, int, float]
 ) -> Estimate:
+    """The cost of a job from that of some of its shards; `image`: candidates, multiply-adds and bytes of one."""
     samples = sum(timing.samples for timing in timings) / max(1, len(timings))  # of a shard
     seconds = sum(timing.seconds for timing in timings) / max(1, len(timings))  # of an image
-    tower = searcher.tower
     images = round(samples * todo)
+    candidates, multiply_adds, size = image
     return Estimate(
         shards=all_shards,
         finished=all_shards - todo,
         images=images,
         sampled=len(timings),
-        candidates=sum(step.candidates for step in searcher.config.cost(tower.grid)),
-        multiply_adds=multiply_adds(searcher),
+        candidates=candidates,
+        multiply_adds=multiply_adds,
         image_seconds=seconds,
         places=places,
         # Shards are not split: the last actors to finish have as many as anyone.
         seconds=math.ceil(todo / max(1, min(places.actors, todo))) * samples * seconds,
         device_hours=images * seconds / 3600,
-        bytes=round(images * bytes_per_image(tower.num_tokens, job.keep_rates)),
+        bytes=round(images * size),
         memory=max((timing.memory for timing in timings), default=0),
         gpu_memory=max((timing.gpu_memory for timing in timings), default=0),
     )

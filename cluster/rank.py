@@ -196,7 +196,7 @@ def work_through(
         except OutputError as error:
             raise UserError(f"{error}; finished shards are kept: mend this and run the same command again") from None
     for uri in summary.reports.keys() - summary.failures.keys() - folder.finished(todo):
-        summary.failures[uri] = "was ranked, but its table has since been taken out of the folder"
+        summary.failures[uri] = "was finished, but its table has since been taken out of the folder"
 
 
 def settings(job: SearchJob, model: Model, tower: Tower, classes: FoundClasses) -> dict[str, Any]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from cluster.actor import Shared, TowerActor, keeper
+from cluster.actor import ShardCost, Shared, TowerActor, keeper
 from cluster.pool import Failed
-from patchrank.data import decoding, shards
-from patchrank.data.decoding import Undecodable
 from patchrank.data.progress import Progress, ShardReport
 from patchrank.data.shard_job import Reading, ShardResult
-from patchrank.data.shards import Sample, ShardError
+from patchrank.data.shards import ShardError
 from patchrank.search.config import SearchConfig
 from patchrank.search.estimate import seconds_per_image
 from patchrank.search.ranker import ShardRanker
@@ -38,22 +35,6 @@ class Plan:
     limit: int | None
     keep_work: float = partial.SECONDS
     again: frozenset[str] = frozenset()  # finished shards of which what was rejected is tried again
-
-
-@dataclass(frozen=True)
-class ShardCost:
-    """What an actor found out about the cost of a shard.
-
-    Attributes:
-        samples: of the shard, up to the limit.
-        seconds: of the search, an image.
-        memory, gpu_memory: peak of the actor's process, and of the GPU, in bytes.
-    """
-
-    samples: int
-    seconds: float
-    memory: int
-    gpu_memory: int
 
 
 class RankingActor(TowerActor):
@@ -99,20 +80,12 @@ class RankingActor(TowerActor):
 
     def estimate(self, shared: Shared, shard: str, plan: Plan, seconds: float) -> ShardCost | Failed:
         """How long an image of a shard takes, from about so many seconds of timing; nothing is written."""
-        tower, preprocess = self._load(shared)
+        counted = self._counted(shared, shard, plan.limit)
+        if isinstance(counted, Failed):
+            return counted
+        samples, first, _ = counted
+        tower, _ = self._load(shared)
         searcher = Searcher(tower, plan.config, None, keep_rates=plan.keep_rates, chunk=plan.candidates_per_batch)
-        samples = 0
-        first: Tensor | None = None
-        try:
-            for sample in shards.read(shard, plan.limit):
-                samples += 1
-                if first is None and isinstance(sample, Sample):
-                    with contextlib.suppress(Undecodable):  # the next one will do
-                        first = decoding.pixels(sample.image, preprocess)
-        except ShardError as error:
-            return Failed(str(error))
-        if first is None:
-            return Failed("holds no image that can be read")
         pixels = first.expand(min(plan.images_per_batch, samples), -1, -1, -1)
         took = seconds_per_image(searcher, pixels, seconds)
         return ShardCost(samples, took, *shared.places.peak_bytes())

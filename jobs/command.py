@@ -18,7 +18,7 @@ from typing import NoReturn
 from patchrank import __version__, errors
 
 JOBS = (
-    *("fit", "make-shards", "search", "query", "status"),
+    *("fit", "make-shards", "search", "embed", "query", "status"),
     *("train-predictor", "train-tokens", "evaluate", "report"),
 )
 

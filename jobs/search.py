@@ -83,12 +83,13 @@ def show(summary: SearchSummary, keep_rates: Sequence[float], prog: str) -> None
 
 
 def show_estimate(found: Estimate) -> None:
-    """Print what the search would cost."""
+    """Print what a job would cost."""
     images = f"{found.images} in {found.shards - found.finished} shards"
     if found.sampled < found.shards - found.finished:
         images += f", from the {found.sampled} that were counted"
     print(f"images        {images}" + (f"; {found.finished} shards are finished" if found.finished else ""))
-    print(f"an image      {found.candidates} candidates, {found.multiply_adds / 1e9:.1f} G multiply-adds")
+    candidates = f"{found.candidates} candidates, " if found.candidates else ""
+    print(f"an image      {candidates}{found.multiply_adds / 1e9:.1f} G multiply-adds")
     rate = found.multiply_adds / found.image_seconds / 1e9 if found.image_seconds else 0
     print(f"an actor      {found.image_seconds:.3f} s an image, {rate:.0f} G multiply-adds/s, with {found.places}")
     memory = f"{found.memory / 1e9:.2f} GB" + (f", {found.gpu_memory / 1e9:.2f} GB of GPU" if found.gpu_memory else "")

@@ -1,4 +1,4 @@
-"""How far a search is, from its output folder alone: while it runs, from any machine, and after it has ended or died.
+"""How far a search or an embedding is, from its folder alone: while it runs, from any machine, and after it has died.
 
 python jobs/status.py FOLDER
 python jobs/status.py s3://bucket/rankings --json
@@ -18,22 +18,23 @@ from patchrank.errors import run
 from patchrank.store import status
 from patchrank.store.status import Status
 
+DONE = {"search": "ranked", "embedding": "embedded"}
 LISTED = 20  # shards in work, failures and reasons that are printed
 
 
 def show(found: Status) -> None:
     """Print where a search stands, for people."""
     run, now = found.run, time.time()
-    print(f"search        {found.folder}")
+    print(f"{found.kind:<14}{found.folder}")
     heard = f", last heard of {tqdm.format_interval(max(0, now - run.updated))} ago" if run else ""
-    what = f" ({run.title})" if run and run.title != "search" and found.state in ("running", "died") else ""
+    what = f" ({run.title})" if run and run.title != found.kind and found.state in ("running", "died") else ""
     print(f"state         {found.state}{what}{heard}")
     if found.shards is None:
         print(f"shards        {found.done} done, {len(found.failed)} failed; of how many is not known")
     else:
         rest = f"{len(found.running)} running, {len(found.failed)} failed, {found.waiting} waiting"
         print(f"shards        {found.done} of {found.shards} done, {rest}")
-    print(f"images        {found.images} ranked, {found.rejects} rejected")
+    print(f"images        {found.images} {DONE[found.kind]}, {found.rejects} rejected")
     if run and run.images_per_second:
         actors = f" on {run.actors} actors" if found.state == "running" else " when last heard of"
         print(f"rate          {run.images_per_second:.2f} images/s{actors}")
@@ -47,7 +48,7 @@ def show(found: Status) -> None:
     _list("failed", [f"{shard}: {error}" for shard, error in found.failed.items()])
     _list("rejected", [f"{count} x {reason}" for reason, count in found.reasons.items()])
     if found.state in ("died", "stopped"):
-        print("next          the command of the search again: it goes on where this one ended")
+        print(f"next          the command of the {found.kind} again: it goes on where this one ended")
 
 
 def _list(title: str, lines: Sequence[str]) -> None:
@@ -60,7 +61,7 @@ def _list(title: str, lines: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None, prog: str = "jobs/status.py") -> int:
     """Parse, read, print."""
     parser = flags.parser(prog, __doc__)
-    parser.add_argument("folder", help="output folder of a search: a path, s3://... or gs://...")
+    parser.add_argument("folder", help="output folder of a search or an embedding: a path, s3://... or gs://...")
     parser.add_argument("--json", action="store_true", help="everything, for programs; times in seconds since 1970")
     args = parser.parse_args(argv)
     found = status.read(args.folder)

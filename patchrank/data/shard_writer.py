@@ -17,6 +17,7 @@ from pathlib import Path
 from webdataset import ShardWriter
 
 from patchrank.data import images
+from patchrank.data.image_folder import extension, walk
 from patchrank.data.shards import IMAGE_EXTENSIONS
 from patchrank.errors import UserError
 from patchrank.store import storage, text
@@ -68,8 +69,8 @@ def from_folders(folder: str) -> tuple[list[SourceImage], list[str]]:
     files = [
         SourceImage(folder, os.path.relpath(os.path.join(parent, file), folder), label)
         for label, name in enumerate(names)
-        for parent, file in _walk(os.path.join(folder, name), walked)
-        if _extension(file) in IMAGE_EXTENSIONS
+        for parent, file in walk(os.path.join(folder, name), walked)
+        if extension(file) in IMAGE_EXTENSIONS
     ]
     if not files:
         raise UserError(f"{folder}: no image there; expected CLASS/IMAGE with a name in {', '.join(IMAGE_EXTENSIONS)}")
@@ -86,24 +87,12 @@ def from_any_folder(folder: str) -> list[SourceImage]:
         raise UserError(f"{folder}: no such folder of images")
     files = [
         SourceImage(folder, os.path.relpath(os.path.join(parent, file), folder), None)
-        for parent, file in _walk(folder, {os.path.realpath(folder)})
-        if _extension(file) in IMAGE_EXTENSIONS
+        for parent, file in walk(folder, {os.path.realpath(folder)})
+        if extension(file) in IMAGE_EXTENSIONS
     ]
     if not files:
         raise UserError(f"{folder}: no image there with a name in {', '.join(IMAGE_EXTENSIONS)}, and no shard")
     return files
-
-
-def _walk(folder: str, seen: set[str]) -> Iterator[tuple[str, str]]:
-    """Parent and name of files below a folder; folders whose real paths are in `seen` stay out, others are added."""
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        there, folders[:] = sorted(name for name in folders if not name.startswith(".")), []
-        for name in there:
-            real = os.path.realpath(os.path.join(parent, name))
-            if real not in seen:
-                seen.add(real)
-                folders.append(name)
-        yield from ((parent, name) for name in sorted(files) if not name.startswith("."))
 
 
 def from_csv(
@@ -206,7 +195,7 @@ def write(
                     if isinstance(content, Skipped):
                         yield content
                         continue
-                    sample = {_extension(file.path): content, "json": json.dumps({"path": file.path}).encode()}
+                    sample = {extension(file.path): content, "json": json.dumps({"path": file.path}).encode()}
                     if file.label is not None:
                         sample["cls"] = str(file.label).encode()
                     writer.write({"__key__": f"{writer.total:09d}", **sample})
@@ -245,14 +234,10 @@ def _shard_writer(out: str, prefix: str, samples_per_shard: int) -> Iterator[Sha
 def _load(file: SourceImage) -> bytes | Skipped:
     """The content of an image file that can be decoded."""
     try:
-        if _extension(file.path) not in IMAGE_EXTENSIONS:
+        if extension(file.path) not in IMAGE_EXTENSIONS:
             raise ValueError(f"the name does not end in one of {', '.join(IMAGE_EXTENSIONS)}")
         content = Path(file.folder, file.path).read_bytes()
         images.decode(content)
         return content
     except (OSError, ValueError) as error:
         return Skipped(file.path, one_line(error))
-
-
-def _extension(path: str) -> str:
-    return os.path.splitext(path)[1][1:].lower()

@@ -23,6 +23,7 @@ from PIL import Image
 from pyarrow import fs
 from webdataset.tariterators import base_plus_ext
 
+from patchrank.data import image_folder
 from patchrank.data.images import decode, max_bytes
 from patchrank.errors import UserError
 from patchrank.store import storage, text
@@ -31,7 +32,7 @@ from patchrank.store.storage import one_line
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 LIST_SUFFIXES = (".txt", ".list")
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # in the order in which they are preferred, see `read`
+IMAGE_EXTENSIONS = image_folder.EXTENSIONS  # in the order in which they are preferred, see `read`
 LABEL_EXTENSIONS = ("cls", "json")  # likewise
 CAPTION_EXTENSION = "txt"
 
@@ -80,7 +81,8 @@ def expand(specs: Sequence[str]) -> list[str]:
     - a shard, which need not exist: reading it raises `ShardError`, and the other shards can still be read;
     - a brace expression, `data/x-{000000..000012}.tar` or `{a,b}.tar`, of any of these specs;
     - a glob with `*`, `?` or `[...]`, none of which matches a slash or a leading dot;
-    - a folder: the .tar, .tar.gz and .tgz files right in it, sorted;
+    - a folder: the .tar, .tar.gz and .tgz files right in it, sorted; of a local one without any, the folders at and
+      below it that hold images, each of which is read as a shard (see `patchrank.data.image_folder`);
     - a list file, .txt or .list: one spec a line, relative to the list file's folder; blank and # lines are skipped.
 
     Returns:
@@ -115,7 +117,7 @@ def read(uri: str, limit: int | None = None) -> Iterator[Sample | Reject]:
     within the limit on pixels (`images.max_bytes`), or one whose key an accepted sample had before.
 
     Args:
-        uri: a tar, plain or gzip (told by content, not by name), on disk, s3:// or gs://.
+        uri: a tar, plain or gzip (told by content, not by name), on disk, s3:// or gs://; or a local folder of images.
         limit: stop after this many samples; rejects count.
 
     Raises:
@@ -124,14 +126,18 @@ def read(uri: str, limit: int | None = None) -> Iterator[Sample | Reject]:
             GNU tar, Python and WebDataset write them) counts as truncated: nothing else gives away a cut between two
             files. A cut in the padding after the marker loses nothing and is no error.
     """
-    try:
-        system, path = storage.resolve(uri)
-        file = storage.patiently(uri, lambda: system.open_input_file(path))
-    except (OSError, UserError) as error:
-        raise ShardError(one_line(error)) from None
     seen: set[str] = set()
-    with io.BufferedReader(file, _BUFFER) as stream:
-        samples = itertools.islice(_samples(stream), limit)
+    with contextlib.ExitStack() as opened:
+        try:
+            system, path = storage.resolve(uri)
+            if storage.is_local(uri) and os.path.isdir(path):
+                found = image_folder.samples(path)
+            else:
+                file = storage.patiently(uri, lambda: system.open_input_file(path))
+                found = _samples(opened.enter_context(io.BufferedReader(file, _BUFFER)))
+        except (OSError, UserError) as error:
+            raise ShardError(one_line(error)) from None
+        samples = itertools.islice(found, limit)
         for count in itertools.count():
             try:
                 key, files, problem = next(samples, (None, {}, None))
@@ -190,7 +196,8 @@ def _expand(spec: str, lists: tuple[str, ...], base: str = "") -> Iterator[str]:
         elif path.endswith(SHARD_SUFFIXES):
             yield path + query  # not looked up: that would be a request for each of thousands of shards
         elif (kind := _info(path + query).type) == fs.FileType.Directory:
-            yield from _matches(word, path, "*", query)
+            images = image_folder.folders(path) if storage.is_local(path) and not any(_glob(path, ["*"], "")) else []
+            yield from images or _matches(word, path, "*", query)
         elif kind == fs.FileType.NotFound:
             raise UserError(f"{word}: no such folder or shard; a shard's name ends in {', '.join(SHARD_SUFFIXES)}")
         else:
@@ -283,8 +290,8 @@ def _samples(stream: io.BufferedReader) -> Iterator[tuple[str, dict[str, bytes],
         for magic, reason in _NO_TARS.items():
             if start.startswith(magic):
                 raise ShardError(reason)
-        if reason := storage.stand_in(start):
-            raise ShardError(reason)
+        if told := storage.stand_in(start):
+            raise ShardError(told)
     archive = cast(BinaryIO, gzip.GzipFile(fileobj=stream) if start.startswith(b"\x1f\x8b") else stream)
     # Names that are not UTF-8 must still give keys that can be stored.
     try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,10 +126,16 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def pruned_tower(name: str, visual: Any, cut: int, keep: float, bundle: Bundle | None = None) -> StandIn:
-    """The image tower that a method makes of another, as `prune` does, to time it and count what it costs.
+def pruned_tower(
+    name: str, visual: Any, cut: int, keep: float, bundle: Bundle | None = None, matched: bool = True
+) -> StandIn:
+    """The image tower that a method makes of another, to time it, to count what it costs, or to use it.
 
     Golden rankings are not known to a tower by itself; what stays is left to chance then, at no cost either.
+
+    Args:
+        matched: what is compared with a predictor gets as many multiply-adds; else it keeps as many tokens as `prune`
+            has it keep.
 
     Raises:
         UserError: a keep rate that leaves nothing.
@@ -136,6 +143,7 @@ def pruned_tower(name: str, visual: Any, cut: int, keep: float, bundle: Bundle |
     if Need.RANKINGS in METHODS[name].needs:
         name, bundle = RANDOM, None
     method, adapter = METHODS[name].make(bundle), adapt(visual)
+    method = method if matched else replace(method, allowance=None)
     if method.image_tower is not None:
         return method.image_tower(visual, budget(adapter, method, cut, keep))
     return PrunedTower(visual, at_keep_rate(adapter, method, cut, keep), method.selector, method.tokens, cut)

@@ -1,10 +1,12 @@
-"""SQL over a rankings folder, on an in-memory DuckDB: the views, and named queries for what people ask first.
+"""SQL over a folder of rankings or embeddings, on an in-memory DuckDB: the views, and named queries for what people ask
+first.
 
     rankings    all columns of `patchrank.store.rankings.schema`
+    embeddings  or those of `patchrank.store.embeddings.schema`
     rejects     key, shard, reason
     failures    shard, error
     classes     label, name; empty where the search did not know the names
-    tokens      token, grid_row, grid_column; the last two null where the search did not know the grid
+    tokens      of rankings: token, grid_row, grid_column; the last two null where the search did not know the grid
 
 A keep rate is a row after `unnest(pruned)`; a position in the ranking (0 = most useful) is a row after
 `unnest(ranking)` with `generate_subscripts(ranking, 1) - 1`.
@@ -26,6 +28,7 @@ import pyarrow as pa
 
 from patchrank.errors import UserError
 from patchrank.store import storage
+from patchrank.store.embeddings import Embeddings
 from patchrank.store.rankings import Rankings
 
 if TYPE_CHECKING:
@@ -133,7 +136,7 @@ ORDER BY keep DESC, shard, key""",
         needs=("keep", "prediction"),
     ),
     "rejects": Query(
-        "samples that could not be ranked, and why",
+        "samples that could not be used, and why",
         "SELECT shard, key, reason FROM rejects ORDER BY shard, key",
     ),
     "failures": Query(
@@ -142,17 +145,44 @@ ORDER BY keep DESC, shard, key""",
     ),
 }
 
+OF_EMBEDDINGS = {
+    "summary": Query(
+        "images, shards, rejects, failed shards, numbers of an embedding, and top-1 accuracy",
+        """\
+SELECT count(*) AS images,
+       count(DISTINCT shard) AS shards,
+       (SELECT count(*) FROM rejects) AS rejects,
+       (SELECT count(*) FROM failures) AS failed_shards,
+       max(len(embedding)) AS numbers,
+       round(100 * avg((prediction = label)::INT), 2) AS top1_percent
+FROM embeddings""",
+        needs=("label", "prediction"),
+    ),
+    "predictions": Query(
+        "of each class, how many images are taken for it, and how surely",
+        """\
+SELECT prediction, name AS class, count(*) AS images, round(avg(confidence), 4) AS mean_confidence
+FROM embeddings LEFT JOIN classes ON classes.label = prediction
+WHERE prediction IS NOT NULL
+GROUP BY prediction, name
+ORDER BY images DESC, prediction""",
+        needs=("prediction",),
+    ),
+    "rejects": NAMED["rejects"],
+    "failures": NAMED["failures"],
+}
+
 _MISSING = {
     "label": "no image has a label: accuracy is empty",
-    "prediction": "the search had no class embeddings: predictions, confidence and accuracy are empty",
+    "prediction": "there were no class embeddings: predictions, confidence and accuracy are empty",
     "keep": "the search recorded no keep rates: there is nothing to compare",
     "grid": "the search did not record the grid of patches: grid_row and grid_column are empty",
 }
 
 
 @contextmanager
-def connect(corpus: Rankings) -> Iterator[DuckDBPyConnection]:
-    """An in-memory DuckDB with the views of this module. Nothing that it runs writes to the rankings folder.
+def connect(corpus: Rankings | Embeddings) -> Iterator[DuckDBPyConnection]:
+    """An in-memory DuckDB with the views of this module. Nothing that it runs writes to the folder.
 
     Raises:
         UserError: what DuckDB says, of an error in here or in the body of the `with` statement.
@@ -171,13 +201,12 @@ def connect(corpus: Rankings) -> Iterator[DuckDBPyConnection]:
         try:
             if storage.is_local(corpus.folder):
                 paths = [glob.escape(path) for path in dataset.files]
-                connection.read_parquet(paths, hive_partitioning=False).create_view("rankings")
+                connection.read_parquet(paths, hive_partitioning=False).create_view(corpus.rows)
             else:  # DuckDB would have to download an extension to read buckets
-                connection.register("rankings_dataset", dataset)
-                connection.execute(
-                    "CREATE VIEW rankings AS SELECT * REPLACE (ranking::USMALLINT[] AS ranking, "
-                    "score::FLOAT[] AS score, step::USMALLINT[] AS step) FROM rankings_dataset"
-                )
+                connection.register("dataset", dataset)
+                lists = {"ranking": "USMALLINT", "score": "FLOAT", "step": "USMALLINT", "embedding": "FLOAT"}
+                there = [f"{name}::{lists[name]}[] AS {name}" for name in dataset.schema.names if name in lists]
+                connection.execute(f"CREATE VIEW {corpus.rows} AS SELECT * REPLACE ({', '.join(there)}) FROM dataset")
             for name, table in _small_tables(corpus).items():
                 connection.register(name, table)
             yield connection
@@ -187,23 +216,25 @@ def connect(corpus: Rankings) -> Iterator[DuckDBPyConnection]:
             connection.close()
 
 
-def _small_tables(corpus: Rankings) -> dict[str, pa.Table]:
+def _small_tables(corpus: Rankings | Embeddings) -> dict[str, pa.Table]:
     names = corpus.class_names or []
-    tokens = pa.array(range(corpus.num_tokens), pa.int32())
-    columns = corpus.grid and corpus.grid[1]
     failures = corpus.home.failures()
-    return {
+    tables = {
         "rejects": corpus.rejects(),
         "failures": pa.Table.from_pylist(failures, pa.schema([("shard", pa.string()), ("error", pa.string())])),
         "classes": pa.table({"label": pa.array(range(len(names)), pa.int32()), "name": pa.array(names, pa.string())}),
-        "tokens": pa.table(
-            {
-                "token": tokens,
-                "grid_row": pa.array([columns and token // columns for token in range(len(tokens))], pa.int32()),
-                "grid_column": pa.array([columns and token % columns for token in range(len(tokens))], pa.int32()),
-            }
-        ),
     }
+    return tables | {"tokens": _tokens(corpus)} if isinstance(corpus, Rankings) else tables
+
+
+def _tokens(corpus: Rankings) -> pa.Table:
+    tokens = range(corpus.num_tokens)
+    columns = corpus.grid and corpus.grid[1]
+    rows = [(token, columns and token // columns, columns and token % columns) for token in tokens]
+    names = ("token", "grid_row", "grid_column")
+    return pa.table(
+        {name: pa.array(column, pa.int32()) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+    )
 
 
 def select(connection: DuckDBPyConnection, sql: str) -> str:
@@ -226,15 +257,17 @@ def select(connection: DuckDBPyConnection, sql: str) -> str:
     return text.rstrip()
 
 
-def notes(connection: DuckDBPyConnection, corpus: Rankings, query: Query) -> list[str]:
+def notes(connection: DuckDBPyConnection, corpus: Rankings | Embeddings, query: Query) -> list[str]:
     """One line for each thing that a named query cannot answer on this corpus."""
     images = len(corpus)
     if not images:
-        return ["no image has been ranked"]
-    have: dict[str, Any] = {"keep": corpus.keep_rates, "grid": corpus.grid}
+        return [f"no image has {corpus.rows}"]
+    have: dict[str, Any] = {}
+    if isinstance(corpus, Rankings):
+        have = {"keep": corpus.keep_rates, "grid": corpus.grid}
     columns = [need for need in query.needs if need not in have]  # a scan of them takes a second on a large corpus
     if columns:
-        counts = connection.execute(f"SELECT {', '.join(f'count({name})' for name in columns)} FROM rankings")
+        counts = connection.execute(f"SELECT {', '.join(f'count({name})' for name in columns)} FROM {corpus.rows}")
         have |= dict(zip(columns, counts.fetchall()[0], strict=True))
     lines = [_MISSING[need] for need in query.needs if not have[need]]
     labels = have.get("label", images)

@@ -1,4 +1,4 @@
-"""How far a search is, told from its output folder alone: while it runs, and after it has ended in whatever way.
+"""How far a search or an embedding is, told from its folder alone: while it runs, and after it has ended somehow.
 
     shards.txt    the shards of the last run, one a line
     run.json      what its driver last said: replaced every few seconds, so one that is old is of a driver that died
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from patchrank.errors import UserError
-from patchrank.store import partial, rankings, storage
+from patchrank.store import kinds, partial, storage
 from patchrank.store.folder import Folder, file_name, find, parquet_files
 
 RUN_FILE, SHARDS_FILE = "run.json", "shards.txt"
@@ -58,20 +58,21 @@ class Run:
 
 @dataclass(frozen=True)
 class Status:
-    """Where a search stands.
+    """Where a search or an embedding stands.
 
     Attributes:
         folder: its URI, absolute.
         state: "running"; "finished", every shard is done; "stopped" by its user or an error, or ended with failed
             shards; "died" without a word; "unknown" where no run has said anything.
         shards: of the last run; None where that is not known.
-        done: those of them that have their rankings.
+        done: those of them that have their tables.
         running: images so far by shard that the driver has in work, or had when it fell silent.
         failed: why, by shard.
         kept: shards of which a part is kept, for the next run to go on from.
         images, rejects: rows in the folder.
         reasons: of the rejects, how often each.
         run: what the driver last said, if anything.
+        kind: "search" or "embedding".
     """
 
     folder: str
@@ -85,6 +86,7 @@ class Status:
     rejects: int
     reasons: dict[str, int]
     run: Run | None
+    kind: str = "search"
 
     @property
     def waiting(self) -> int | None:
@@ -120,20 +122,20 @@ def write_run(folder: str, run: Run) -> None:
 
 
 def read(folder: str, now: float | None = None) -> Status:
-    """Where the search of a folder stands.
+    """Where the search, or the embedding, of a folder stands.
 
     Args:
         folder: a path, s3:// or gs://.
         now: in seconds since 1970.
 
     Raises:
-        UserError: no such folder, or not one of a search.
+        UserError: no such folder, or not one of a search or an embedding.
     """
-    home = Folder(folder)
-    folder = home.uri
+    folder = storage.absolute(folder)
     now = time.time() if now is None else now
     try:
-        if home.read() is None:
+        home = find(folder)
+        if home is None or home.kind == "evaluation" or home.read() is None:
             raise UserError(f"{folder}: holds no search.json, so no search has begun there")
         run = _run(home)
         shards = _shards(home)
@@ -142,7 +144,7 @@ def read(folder: str, now: float | None = None) -> Status:
         # A record that is damaged gives the name of its file for that of its shard.
         failed = {names.get(f"{one['shard']}.parquet", one["shard"]): one["error"] for one in home.failures()}
         kept = partial.kept(home, shards)
-        corpus = rankings.open(folder) if files else None
+        corpus = kinds.open(folder) if files else None
         images = len(corpus) if corpus else 0
         reasons = Counter(corpus.rejects()["reason"].to_pylist() if corpus else [])
     except OSError as error:
@@ -167,6 +169,7 @@ def read(folder: str, now: float | None = None) -> Status:
         rejects=reasons.total(),
         reasons=dict(reasons.most_common()),
         run=run,
+        kind=home.kind,
     )
 
 

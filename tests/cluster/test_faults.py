@@ -222,5 +222,5 @@ def test_a_table_that_is_taken_away_meanwhile_is_missed_in_the_end(data, undistu
         done = search_here(data, out, "--actors", "1", address=address)
     assert done.returncode == 1 and len(taken) == 1
     shard = data / "images-0.tar"
-    assert f"error: {shard}: was ranked, but its table has since been taken out of the folder" in done.stderr
+    assert f"error: {shard}: was finished, but its table has since been taken out of the folder" in done.stderr
     assert tables(out) == {name: table for name, table in tables(undisturbed).items() if name != taken[0].name}
