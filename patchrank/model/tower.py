@@ -181,7 +181,7 @@ class Tower(nn.Module):
         return one + (kept - 1) * (two - one) + (kept - 1) * (kept - 2) // 2 * (three - 2 * two + one)
 
     def _count_backward(self, kept: int) -> int:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             tokens = torch.empty(1, self.length, self.width, dtype=self.dtype, device=self.device)
             gates = torch.ones(1, kept, device=self.device, requires_grad=True)
             ids = torch.arange(kept, device=self.device)[None]

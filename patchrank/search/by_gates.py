@@ -78,7 +78,7 @@ class ByGates(Strategy):
         """Search."""
         total = self.alive.shape[1]
         kept = counts(self.config, total)
-        found = {}
+        found: dict[int, Tensor] = {}
         for number, count in enumerate(kept):
             found[count] = self._improve(count, number, len(kept))  # (B,), as last measured
         ranking = self._ranking()
@@ -118,7 +118,8 @@ def counts(config: SearchConfig, total: int) -> list[int]:
     largest = max(LARGEST, config.keep)
     rates = [config.keep + (largest - config.keep) * number / (RATES - 1) for number in range(RATES)]
     sizes = sorted({min(total - 1, max(1, tokens_kept(total, rate))) for rate in rates})
-    steps, chance, result = STEPS if config.steps is None else config.steps, random.Random(0), []
+    steps, chance = STEPS if config.steps is None else config.steps, random.Random(0)
+    result: list[int] = []
     while len(result) < steps:
         result += chance.sample(sizes, len(sizes))
     return result[:steps]
