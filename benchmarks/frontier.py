@@ -1,4 +1,4 @@
-"""How good a ranking so many candidates buy: searches side by side on real photos and a real model.
+"""How good a ranking so many multiply-adds buy: searches side by side on real photos and a real model.
 
     python benchmarks/frontier.py measure docs/frontier.parquet --model ViT-B-16 --pretrained openai \\
         --shards imagenette/imagenette-000002.tar --prototypes 'imagenette/imagenette-00000{0,1}.tar' \\
@@ -48,6 +48,7 @@ from patchrank.pruning.class_attention import ClassAttention
 from patchrank.pruning.comparison import before_cut
 from patchrank.search.candidates import Candidates, Value
 from patchrank.search.config import SearchConfig
+from patchrank.search.estimate import search_multiply_adds
 from patchrank.search.searcher import Searcher
 from patchrank.store import rankings
 from patchrank.store.folder import file_name
@@ -85,6 +86,8 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "exact k=30": {**LAZY, "rescore": None, "remove_per_step": 30},
     "exact k=20": {**LAZY, "rescore": None, "remove_per_step": 20},
     "exact k=10": {**LAZY, "rescore": None, "remove_per_step": 10},
+    "gates n=16": {"rank_by": "gates"},
+    **{f"gates n={steps}": {"rank_by": "gates", "steps": steps} for steps in (8, 30, 45)},
     **{
         f"{score} {name}": {**config, "score": score}
         for score in ("label", "confidence")
@@ -190,9 +193,9 @@ def row(
         batch = PairBatch([sample.key], pixels, labels, None, None)
         selector = Chance() if name == RANDOM else ClassAttention()
         usefulness = selector(*before_cut(tower, pixels), batch)  # (1, N)
-        ranking, cost = usefulness.argsort(dim=1, descending=True).cpu(), []
+        ranking, cost, work = usefulness.argsort(dim=1, descending=True).cpu(), [], 0
     else:
-        cost = searcher.config.cost(tower.grid)
+        cost, work = searcher.config.cost(tower.grid), search_multiply_adds(searcher.config, tower)
         ranking = searcher.search(pixels, labels).ranking if known is None else known[None]  # (1, N)
     cosine, predicted = [], []
     for keep in KEEP_RATES:
@@ -203,7 +206,7 @@ def row(
     return {
         "search": name,
         "candidates": sum(step.candidates for step in cost),
-        "multiply_adds": sum(step.candidates * tower.suffix_multiply_adds(step.kept) for step in cost),
+        "multiply_adds": work,
         "label": sample.label,
         "prediction": int(predict(full, classes_, 1.0)[0]),
         "pruned_prediction": predicted,
@@ -326,7 +329,7 @@ def show(args: argparse.Namespace) -> int:
 
 
 def draw(lines: list[dict[str, Any]], path: str) -> None:
-    """Distortion against candidates, both logarithmic, at keep 60 and 50 %; hollow where it is of fewer photos."""
+    """Distortion against multiply-adds, both logarithmic, at keep 60 and 50 %; hollow where it is of fewer photos."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -339,14 +342,15 @@ def draw(lines: list[dict[str, Any]], path: str) -> None:
         "lazy": ("#56B4E9", "s"),
         "exact": ("#000000", "^"),
         "effects": ("#009E73", "D"),
+        "gates": ("#CC79A7", "P"),
     }
     for axis, column in zip(axes, (2, 3), strict=True):
-        axis.set(xscale="log", yscale="log", xlabel="candidates an image", title=f"keep {KEEP_RATES[column]:.0%}")
+        axis.set(xscale="log", yscale="log", xlabel="G multiply-adds an image", title=f"keep {KEEP_RATES[column]:.0%}")
         for family, (colour, marker) in families.items():
             mine = [line for line in lines if line["search"].startswith(family)]
             if not mine:
                 continue
-            x, y = [line["candidates"] for line in mine], [line["ratio"][column] for line in mine]
+            x, y = [line["multiply_adds"] / 1e9 for line in mine], [line["ratio"][column] for line in mine]
             filled = [colour if line["photos"] == most else "none" for line in mine]
             axis.scatter(x, y, facecolors=filled, edgecolors=colour, marker=marker, zorder=2)
             axis.plot([], [], color=colour, marker=marker, linestyle="none", label=family)

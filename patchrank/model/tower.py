@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from patchrank.errors import UserError
 from patchrank.model.adapter import Adapter, Before
@@ -70,6 +72,7 @@ class Tower(nn.Module):
         self._kind = type(adapter)
         self.adapter.prepare(dtype, device)
         self.grid = adapter.grid
+        self._backward: list[int] | None = None  # what `derivative_multiply_adds` has counted
 
     def train(self, mode: bool = True) -> Tower:
         """As of any module, but the image tower stays in eval mode, without dropout: it is frozen."""
@@ -170,6 +173,28 @@ class Tower(nn.Module):
         n, blocks = self.adapter.prefix_tokens + kept, self.adapter.depth - self.cut - 1
         last = self.adapter.block_multiply_adds(n, last=True) + self.adapter.readout_multiply_adds(n)
         return blocks * self.adapter.block_multiply_adds(n) + last
+
+    def derivative_multiply_adds(self, kept: int) -> int:
+        """Exact multiply-adds of going back once through `suffix` to the gates of a candidate of `kept` patch tokens.
+
+        Counted by PyTorch, on tensors without contents, of the very operations that autograd runs: for three numbers
+        of tokens, as it is a quadratic of them.
+        """
+        if self._backward is None:
+            self._backward = [self._count_backward(n) for n in (1, 2, 3)]
+        one, two, three = self._backward
+        # Newton's form; the second differences are whole numbers.
+        return one + (kept - 1) * (two - one) + (kept - 1) * (kept - 2) // 2 * (three - 2 * two + one)
+
+    def _count_backward(self, kept: int) -> int:
+        with torch.inference_mode(False), torch.enable_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            tokens = torch.empty(1, self.length, self.width, dtype=self.dtype, device=self.device)
+            gates = torch.ones(1, kept, device=self.device, requires_grad=True)
+            ids = torch.arange(kept, device=self.device)[None]
+            embedding = self.suffix(tokens, ids, gates=gates)  # (1, E)
+            with FlopCounterMode(display=False) as counter:
+                torch.autograd.grad(embedding.sum(), gates)
+        return counter.get_total_flops() // 2
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings of whole images, (B, 3, H, W) -> (B, E): the unpruned model."""

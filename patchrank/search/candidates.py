@@ -28,6 +28,7 @@ class Candidates:
         self.tower = tower
         self.block = block
         self.chunk = chunk or default_chunk(tower)
+        self.derived = max(1, self.chunk // (tower.adapter.depth - tower.cut))  # images `derive` takes at a time
         cover = block_cover(tower.grid, block)  # (P, N)
         self.cover = cover.to(tower.device)
         rest = (~cover).nonzero()[:, 1].view(len(cover), tower.num_tokens - block**2)
@@ -62,6 +63,41 @@ class Candidates:
                 continue
             start += self.chunk
         return torch.cat(parts)
+
+    def derive(self, tokens: Tensor, ids: Tensor, gates: Tensor, value: Value) -> tuple[Tensor, Tensor]:
+        """Embeddings through gates, and how what is read from them changes with each: a pass forward, and one back.
+
+        Args:
+            tokens: (B, p + N, D) from `Tower.prefix`.
+            ids: (B, n), the tokens that are there.
+            gates: (B, n), how much of each as a key, as of `Tower.suffix`.
+            value: (b, E), (b,) -> (b,), as for `embed`, with a gradient.
+
+        Returns:
+            (B, E), and the derivatives, (B, n) in the gates' dtype.
+        """
+        parts, start = [], 0
+        while start < len(ids):
+            rows = slice(start, start + self.derived)
+            try:
+                parts.append(self._derive(tokens[rows], ids[rows], gates[rows], start, value))
+            except RuntimeError as error:
+                if not _out_of_memory(error) or self.derived == 1:
+                    raise
+                self.derived //= 2
+                continue
+            start += self.derived
+        embeddings, slopes = (torch.cat(part) for part in zip(*parts, strict=True))
+        return embeddings, slopes
+
+    def _derive(self, tokens: Tensor, ids: Tensor, gates: Tensor, start: int, value: Value) -> tuple[Tensor, Tensor]:
+        """`derive` of the images of a chunk, which are those from `start` on in the batch."""
+        image = torch.arange(start, start + len(ids), device=tokens.device)
+        with torch.enable_grad():
+            gates = gates.detach().requires_grad_()
+            embeddings = self.tower.suffix(tokens, ids, gates=gates)  # (b, E)
+            (slopes,) = torch.autograd.grad(value(embeddings, image).sum(), gates)
+        return embeddings.detach(), slopes
 
     def measure(
         self, tokens: Tensor, alive: Tensor, wanted: Tensor, value: Value, shared: bool = False

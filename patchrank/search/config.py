@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 STRATEGIES = {
     "effects": "by_effects.ByEffects",
     "scores": "by_scores.ByScores",
+    "gates": "by_gates.ByGates",
 }
 
 
@@ -31,11 +32,13 @@ class Step:
         kept: the patch tokens of its candidates.
         candidates: how many are scored; an upper bound where larger blocks have lost tokens.
         removed: the tokens that leave.
+        backward: how many passes go back through one of these candidates.
     """
 
     kept: int
     candidates: int
     removed: int
+    backward: int = 0
 
 
 def _rescore(value: int | str) -> int | None:
@@ -53,7 +56,7 @@ class SearchConfig:
     score: str = flag("preservation", f"what a ranking keeps: {', '.join(SCORES)} (%(default)s)", group="search")
     # The search ends when this share of the tokens is left; what is known by then ranks them.
     keep: float = flag(0.4, "search until this share of tokens is left (%(default)s)")
-    steps: int | None = flag(None, "search at most so many steps; 1 is the one-shot search")
+    steps: int | None = flag(None, "search at most so many steps; 1 is the one-shot search; by gates, just so many")
     # k; the last step takes what is left to take.
     remove_per_step: int = flag(4, "tokens that leave a step (%(default)s)")
     block: int = flag(1, "side of the sliding blocks, in tokens (%(default)s)")  # r

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from patchrank import clock
+from patchrank.model.tower import Tower
+from patchrank.search.config import SearchConfig
 from patchrank.search.searcher import Searcher
 from patchrank.store import rankings
 from patchrank.tokens import tokens_kept
@@ -21,8 +23,17 @@ def multiply_adds(searcher: Searcher) -> int:
     """
     tower = searcher.tower
     kept = [tower.num_tokens, *(tokens_kept(tower.num_tokens, keep) for keep in searcher.keep_rates)]
-    steps = sum(step.candidates * tower.suffix_multiply_adds(step.kept) for step in searcher.config.cost(tower.grid))
-    return tower.prefix_multiply_adds() + steps + sum(tower.suffix_multiply_adds(count) for count in kept)
+    whole = sum(tower.suffix_multiply_adds(count) for count in kept)
+    return tower.prefix_multiply_adds() + search_multiply_adds(searcher.config, tower) + whole
+
+
+def search_multiply_adds(config: SearchConfig, tower: Tower) -> int:
+    """Those of an image's candidates alone, of passes back through them, and of what the search starts from."""
+    return config.strategy.start_multiply_adds(tower) + sum(
+        step.candidates * tower.suffix_multiply_adds(step.kept)
+        + (step.backward * tower.derivative_multiply_adds(step.kept) if step.backward else 0)
+        for step in config.cost(tower.grid)
+    )
 
 
 def seconds_per_image(searcher: Searcher, pixels: Tensor, budget: float) -> float:
@@ -48,7 +59,7 @@ def _forward_seconds(searcher: Searcher, pixels: Tensor) -> float:
     """The seconds of all forward passes of a batch, from timings of a few."""
     tower, batch = searcher.tower, len(pixels)
     everything = list(range(tower.num_tokens))
-    with torch.inference_mode():
+    with torch.no_grad():
         tower.prefix(pixels)
         total = clock.seconds(lambda: tower.prefix(pixels), tower.device)
         tokens = tower.prefix(pixels)  # (B, p + N, D)
@@ -59,7 +70,22 @@ def _forward_seconds(searcher: Searcher, pixels: Tensor) -> float:
             tower.suffix(tokens, ids, image)
             return clock.seconds(lambda: tower.suffix(tokens, ids, image), tower.device) / candidates
 
-        passes = [(step.kept, step.candidates) for step in searcher.config.cost(tower.grid) if step.candidates]
+        def there_and_back(kept: int) -> float:
+            ids = torch.tensor(everything[:kept], device=tokens.device).expand(batch, -1)
+            gates = torch.ones(ids.shape, dtype=torch.float64, device=tokens.device)
+
+            def call() -> object:
+                return searcher.candidates.derive(tokens, ids, gates, lambda embeddings, image: embeddings.sum(dim=1))
+
+            call()
+            return clock.seconds(call, tower.device)
+
+        cost = searcher.config.cost(tower.grid)
+        if back := [step.kept for step in cost if step.backward]:
+            lengths = sorted({min(back), max(back)})
+            timed = [there_and_back(kept) for kept in lengths]
+            total += sum(float(np.interp(kept, lengths, timed)) for kept in back)
+        passes = [(step.kept, step.candidates) for step in cost if step.candidates and not step.backward]
         passes += [(tower.num_tokens, 1)] + [(tokens_kept(tower.num_tokens, keep), 1) for keep in searcher.keep_rates]
         chunk = searcher.candidates.chunk
         for size in {min(chunk, batch * candidates) for _, candidates in passes}:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -58,6 +59,10 @@ class Objective:
             (C,) float64, at most 0 but for rounding.
         """
         return SCORES[self.score].minus_one(self, embeddings, image)
+
+    def log_missing(self, embeddings: Tensor, image: Tensor) -> Tensor:
+        """log(1 - s), with a gradient where something is missing: (C, E), (C,) as above -> (C,) float64."""
+        return (-self.score_minus_one(embeddings, image)).clamp_min(torch.finfo(torch.float64).tiny).log()
 
     def likely(self, embeddings: Tensor) -> Tensor:
         """Class probabilities, (C, E) -> (C, K) float64."""

@@ -78,7 +78,8 @@ class Searcher:
         self.keep_rates = tuple(keep_rates)
         self.candidates = Candidates(tower, config.block, chunk)
 
-    @torch.inference_mode()
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def search(self, images: Tensor, labels: Tensor | None = None) -> SearchResult:
         """Golden rankings of a batch of images.
 
@@ -117,10 +118,13 @@ class Searcher:
             candidates=found.candidates,
         )
 
+    @torch.inference_mode(False)  # a strategy may need gradients, which take no tensor of inference mode
+    @torch.no_grad()
     def rank(self, tokens: Tensor, whole: Tensor, labels: Tensor | None = None) -> Found:
         """The search alone, of tokens before the cut, (B, p + N, D), and the whole images' embeddings, (B, E)."""
         labels = None if labels is None else labels.to(tokens.device)
-        objective = Objective(self.config.score, whole, self.classes, self.logit_scale, labels)
+        classes = None if self.classes is None else self.classes.clone()
+        objective = Objective(self.config.score, whole.clone(), classes, self.logit_scale, labels)
         return self.config.strategy(self.config, self.candidates, tokens, objective).run()
 
 

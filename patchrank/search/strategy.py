@@ -14,8 +14,8 @@ A strategy tells what is made of the candidates. A new one is a file beside this
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from torch import Tensor
 from patchrank.search.candidates import Candidates, Value, without
 from patchrank.search.config import SearchConfig, Step
 from patchrank.search.objective import Objective
+
+if TYPE_CHECKING:
+    from patchrank.model.tower import Tower
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Found:
     candidates: int
 
 
-class Strategy(ABC):
+class Strategy:
     """The search of one batch, and what is known of its images meanwhile.
 
     Args:
@@ -56,7 +59,7 @@ class Strategy(ABC):
         self.score_minus_one = objective.whole.new_zeros(self.alive.shape, dtype=torch.float64)
         self.scored = 0
 
-    @classmethod  # noqa: B027 - most have nothing to refuse
+    @classmethod
     def check(cls, config: SearchConfig) -> None:
         """Raises UserError for settings that this strategy makes no sense of."""
 
@@ -78,17 +81,22 @@ class Strategy(ABC):
             alive -= count
         return result
 
-    @abstractmethod
+    @classmethod
+    def start_multiply_adds(cls, tower: Tower) -> int:
+        """Exact multiply-adds an image of what a search computes beside candidates."""
+        return 0
+
     def leave(self, count: int, first: bool) -> Tensor:
         """Ids of the tokens that leave next, (B, count), in this order; fills in their scores.
 
         Args:
             first: whether this is the first step: nothing is known of any token then.
         """
+        raise NotImplementedError  # a strategy whose tokens do not leave step by step has a `run` of its own
 
-    @abstractmethod
     def rest(self) -> Tensor:
         """The tokens still alive as far as they are known, (B, A), most dispensable first; fills in their scores."""
+        raise NotImplementedError
 
     def run(self) -> Found:
         """Search."""
