@@ -43,8 +43,9 @@ def main() -> int:
     dtype = resolve_dtype("auto", gpu=device.type == "cuda")
     rate = product_rate(dtype, device)
     print(f"{dtype} on {device.type}: a product of {SIZE} x {SIZE} matrices has {rate / 1e12:.2f} T multiply-adds/s\n")
-    print("| model | tokens | candidates | a token | G multiply-adds | seconds | of the product's rate |")
-    print("|---|---|---|---|---|---|---|")
+    print("| model | tokens | candidates | a token | G multiply-adds | in passes of the model | seconds ", end="")
+    print("| of the product's rate |")
+    print("|---|---|---|---|---|---|---|---|")
     for name in args.models:
         config = open_clip.get_model_config(name)
         if config is None:
@@ -57,7 +58,7 @@ def main() -> int:
         seconds = seconds_per_image(searcher, torch.randn(args.images, 3, *visual.image_size), budget=0)
         print(
             f"| {name} | {tower.num_tokens} | {candidates} | {candidates / tower.num_tokens:.2f} | {cost / 1e9:,.0f} "
-            f"| {seconds:.1f} | {cost / seconds / rate:.2f} |",
+            f"| {cost / tower.adapter.full_multiply_adds():.0f} | {seconds:.1f} | {cost / seconds / rate:.2f} |",
             flush=True,
         )
     return 0

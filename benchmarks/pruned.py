@@ -2,6 +2,7 @@
 
     python benchmarks/pruned.py                                                  # ViT-B/16 at batch 1 and 64
     python benchmarks/pruned.py --models ViT-B-16 ViT-L-14 --batch-sizes 1 64 --compile       # for a GPU
+    python benchmarks/pruned.py --processor-time         # on a machine that others use: of one core, and no waiting
 
 A line a way of pruning, keep rate and batch size: the median of the ratios of rounds in which all towers take turns,
 what the multiply-adds predict, and the share of that which was measured. "predictor" is the whole of what
@@ -15,13 +16,17 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.model import _build_vision_tower
 from torch import nn
 
+from patchrank import clock
 from patchrank.errors import UserError, run
 from patchrank.evaluation import latency
 from patchrank.model import loading
@@ -48,14 +53,21 @@ def untrained(adapter: Adapter, cut: int) -> Bundle:
     return Bundle(about, asdict(PredictorConfig(adapter.grid, adapter.width, prefix_tokens=adapter.prefix_tokens)))
 
 
-def predictor_share(bundle: Bundle, tower: nn.Module, images: torch.Tensor, rounds: int) -> float:
+def processor_seconds(what: Callable[[], object], device: torch.device) -> float:
+    """As `clock.seconds`, of the processor alone."""
+    start = time.process_time()
+    what()
+    return time.process_time() - start
+
+
+def predictor_share(bundle: Bundle, tower: nn.Module, images: torch.Tensor, rounds: int, timed: Any) -> float:
     """The predictor's time as a share of the pruned tower's, both timed in turn; the median over rounds."""
     shape = bundle.predictor.config
     tokens = torch.randn(len(images), shape.prefix_tokens + shape.num_tokens, shape.input_width).to(images)
     shares = []
     for _ in range(rounds):
-        alone = latency.measure({"predictor": bundle.predictor}, tokens, 0, least=1)[0].seconds
-        whole = latency.measure({"tower": tower}, images, 0, least=1)[0].seconds
+        alone = latency.measure({"predictor": bundle.predictor}, tokens, 0, least=1, timed=timed)[0].seconds
+        whole = latency.measure({"tower": tower}, images, 0, least=1, timed=timed)[0].seconds
         shares.append(alone / whole)
     return statistics.median(shares)
 
@@ -69,24 +81,33 @@ def main() -> int:
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (%(default)s)")
     parser.add_argument("--seconds", type=float, default=10.0, help="a batch size, at least (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="at least (%(default)s)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="(%(default)s)")
+    parser.add_argument("--processor-time", action="store_true", help="seconds of the processor, on one of its cores")
     parser.add_argument("--compile", action="store_true", help="all towers through torch.compile, the unpruned too")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.processor_time else "cpu")
+    if args.processor_time:
+        torch.set_num_threads(1)
+    timer = processor_seconds if args.processor_time else clock.seconds
     dtype = loading.resolve_dtype(args.dtype, device.type == "cuda")
     print(f"{latency.device_name(device, torch.get_num_threads())}, {str(dtype).removeprefix('torch.')}")
     print("model     batch  keep  method            ms/batch  speed-up  predicted  share")
     logging.disable(logging.WARNING)  # open_clip warns of random weights
     for name in args.models:
-        if name not in open_clip.list_models():
+        config = open_clip.get_model_config(name)
+        if config is None:
             raise UserError(f"--models {name}: open_clip does not know it")
-        visual = open_clip.create_model(name).visual.eval().requires_grad_(False).to(device, dtype)
+        visual = _build_vision_tower(config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False))
+        visual = visual.eval().requires_grad_(False).to(device, dtype)
         adapter = adapt(visual, name)
         cut = default_cut(adapter.depth)
         bundle = untrained(adapter, cut).to(device, dtype)
         towers: dict[str, nn.Module] = {UNPRUNED: visual}
         cells = {}
         for keep in args.keep_rates:
-            for method in METHODS if not adapter.rotary else (PREDICTOR, ATTENTION):  # which merging does not take
+            for method in args.methods:
+                if method == MERGING and adapter.rotary:
+                    continue
                 tower = pruned_tower(method, visual, cut, keep, bundle)
                 towers[f"{method} {keep}"] = tower
                 cells[f"{method} {keep}"] = (method, keep, adapter.full_multiply_adds() / tower.multiply_adds())
@@ -95,7 +116,7 @@ def main() -> int:
                 each.compile(fullgraph=True)
         for batch in args.batch_sizes:
             images = torch.randn(batch, 3, *visual.image_size).to(device, dtype)
-            timed = latency.measure(towers, images, args.seconds, args.rounds)
+            timed = latency.measure(towers, images, args.seconds, args.rounds, timed=timer)
             print(f"{name:<10}{batch:>5}  {'1':>4}  {UNPRUNED:<16}{1000 * timed[0].seconds:>10.1f}", flush=True)
             for one in timed[1:]:
                 method, keep, predicted = cells[one.name]
@@ -105,9 +126,10 @@ def main() -> int:
                     flush=True,
                 )
             key = f"{PREDICTOR} {args.keep_rates[0]}"
-            with torch.no_grad():
-                share = predictor_share(bundle, towers[key], images, max(args.rounds, 5))
-            print(f"{name:<10}{batch:>5}  {args.keep_rates[0]:>4g}  the predictor alone: {share:.2%} of the time")
+            if key in towers:
+                with torch.no_grad():
+                    share = predictor_share(bundle, towers[key], images, max(args.rounds, 5), timer)
+                print(f"{name:<10}{batch:>5}  {args.keep_rates[0]:>4g}  the predictor alone: {share:.2%} of the time")
     return 0
 
 

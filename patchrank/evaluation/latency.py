@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +50,12 @@ class Timed:
 
 @torch.no_grad()
 def measure(
-    towers: Mapping[str, nn.Module], images: Tensor, seconds: float = 5.0, least: int = 3, most: int = 50
+    towers: Mapping[str, nn.Module],
+    images: Tensor,
+    seconds: float = 5.0,
+    least: int = 3,
+    most: int = 50,
+    timed: Callable[[Callable[[], object], torch.device], float] = clock.seconds,
 ) -> list[Timed]:
     """Time towers in turn, again and again, so that what else the machine does meets all of them alike.
 
@@ -59,6 +64,7 @@ def measure(
         images: (B, 3, H, W), in the towers' dtype.
         seconds: about how long to go on for.
         least, most: rounds.
+        timed: tells how long a function takes on a device.
     """
     taken: dict[str, list[float]] = {name: [] for name in towers}
     for tower in towers.values():
@@ -67,7 +73,7 @@ def measure(
     rounds = 0
     while rounds < least or (rounds < most and time.perf_counter() - start < seconds):
         for name, tower in towers.items():
-            taken[name].append(clock.seconds(functools.partial(tower, images), images.device))
+            taken[name].append(timed(functools.partial(tower, images), images.device))
         rounds += 1
     whole = next(iter(taken.values()))
     result = []
