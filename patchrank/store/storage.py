@@ -1,14 +1,18 @@
-"""One file-system layer for shards and rankings: local paths, s3:// and gs://, through pyarrow.fs."""
+"""One file-system layer for shards and results: local paths, s3:// and gs://, through pyarrow.fs.
+
+hf:// (datasets and models of the Hugging Face hub) and https://, which can only be read, go through fsspec.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pyarrow import fs
 
@@ -20,6 +24,10 @@ ATTEMPTS = 10
 # up to a minute to be known everywhere.
 DENIED_PAUSES = (1, 4, 10, 20)
 _in_vain: set[str] = set()  # buckets that denied all of these: where a thousand shards are denied, one is waited for
+# Seconds before a read of hf:// or https:// that failed is tried once more.
+READ_PAUSES = (0.5, 1, 2, 4, 8, 16)
+_READ_ONLY = ("http", "https")
+_BLOCK = 4 << 20  # bytes a request
 _S3_OPTIONS = {
     "connect_timeout": 10,  # seconds
     "request_timeout": 20,  # seconds without a byte
@@ -30,6 +38,11 @@ _S3_OPTIONS = {
 def is_local(uri: str) -> bool:
     """Whether the URI is a path of this machine (no scheme, or file://)."""
     return "://" not in uri or uri.startswith("file://")
+
+
+def listable(uri: str) -> bool:
+    """Whether folders there can be listed, and files written: all but https://."""
+    return uri.partition("://")[0] not in _READ_ONLY or is_local(uri)
 
 
 def absolute(uri: str) -> str:
@@ -73,6 +86,8 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), absolute(uri)
     path, mark_and_query = split_options(absolute(uri))
     scheme, _, rest = path.partition("://")
+    if scheme in _READ_ONLY:
+        return _remote(f"{scheme}://", ""), path + mark_and_query
     query = mark_and_query.removeprefix("?")
     options = [query] if query else []
     if scheme in ("gs", "gcs") and "retry_limit_seconds" not in query:
@@ -84,10 +99,21 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
 
 @functools.lru_cache(maxsize=64)  # connecting to a bucket asks for its region: one request a bucket, not one a shard
 def _remote(bucket: str, query: str) -> fs.FileSystem:
+    scheme = bucket.partition("://")[0]
     try:
+        if scheme == "hf":
+            from huggingface_hub import HfFileSystem
+
+            # Listings are not kept: other processes write into a folder of results as well.
+            return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem(use_listings_cache=False)))
+        if scheme in _READ_ONLY:
+            import fsspec
+
+            return fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem(scheme)))
         system = fs.FileSystem.from_uri(bucket + query)[0]
     except Exception as error:  # of file systems that are not Arrow's own, whatever their libraries raise
-        raise UserError(f"{bucket}: cannot be opened ({one_line(error)}); use a path, s3:// or gs://") from None
+        known = "use a path, s3://, gs://, hf:// or https://"
+        raise UserError(f"{bucket}: cannot be opened ({one_line(error)}); {known}") from None
     if isinstance(system, fs.S3FileSystem):
         # A URI cannot ask for these, so the file system is built again from what pickle would keep of it. Its own
         # retries come every 0.2 s for 6 s: too fast for a bucket that throttles us, and over too soon.
@@ -138,6 +164,48 @@ def patiently(uri: str, call: Callable[[], _Found]) -> _Found:
         raise
 
 
+class _Patient(io.RawIOBase):
+    """A file of fsspec's that is read again where that fails, and fails with an OSError, whatever library it is of."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__()
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        # A server that sends no parts of files (then the size is not known) cannot be asked twice for one.
+        pauses = READ_PAUSES if self._file.size is not None else ()
+        for pause in (*pauses, None):
+            try:
+                data = self._file.read(len(buffer))
+                buffer[: len(data)] = data
+                return len(data)
+            except Exception as error:
+                if pause is None or isinstance(error, FileNotFoundError | PermissionError):
+                    raise OSError(one_line(error)) from None
+                time.sleep(pause)
+        raise AssertionError("the last try returns or raises")
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def open_input(uri: str) -> Any:
+    """A file to read from its beginning, with `readinto`. Raises OSError where it cannot be read, here and later."""
+    system, path = resolve(uri)
+    if not isinstance(system, fs.PyFileSystem):
+        return system.open_input_file(path)
+    try:
+        return _Patient(system.handler.fs.open(path, "rb", block_size=_BLOCK))
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(one_line(error)) from None
+
+
 def read_bytes(uri: str) -> bytes:
     """The whole content of a file. Raises OSError where it cannot be read."""
     system, path = resolve(uri)
@@ -164,6 +232,8 @@ def write_atomic(uri: str, data: bytes) -> None:
     Raises:
         OSError: the data could not be written; nothing is left behind.
     """
+    if not listable(uri):
+        raise UserError(f"{uri}: can only be read; write to a path, s3://, gs:// or hf://")
     system, path = resolve(uri)
     if not is_local(uri):
         stream = system.open_output_stream(path)
