@@ -6,9 +6,8 @@
 In turn, round by round, on the same shard: "decode", its images read, decoded and preprocessed on as many threads, and
 nothing else; "stub", all that an actor does, with a tower that takes no time; "unpruned" and "pruned", with this model,
 pruned by a predictor as `patchrank.prune` has it; "plain", the loop over webdataset and open_clip that a user would
-write, its DataLoader with as many workers. "towers" are the two towers alone. Printed are medians; the exit status is 1 where
-one is beyond the limit beside it. Weights and photos are random, which says nothing about embeddings and does not
-change the time.
+write, its DataLoader with as many workers. "towers" are the two towers alone. Printed are medians; the exit status is 1
+where one is beyond the limit beside it. Weights and photos are random, which does not change the time.
 """
 
 from __future__ import annotations
