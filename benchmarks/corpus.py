@@ -1,4 +1,4 @@
-"""A rankings corpus of ImageNet's size: how large it gets, and how fast it is written, asked, read, streamed and resumed.
+"""A rankings corpus of ImageNet's size: how large it gets, and how fast it is written, asked, read and resumed.
 
     python benchmarks/corpus.py                              1,281 shards of 1,000 images: 1.1 GB in a temporary folder
     python benchmarks/corpus.py --folder FOLDER              the same in a folder that stays: a second run only measures

@@ -107,6 +107,7 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=128, help="of the shard (%(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="images at a time (%(default)s)")
     parser.add_argument("--threads", type=int, help="that decode (as an actor with all cores has)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of the towers alone (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
     args = parser.parse_args()
     for name in ("images", "batch", "rounds"):
@@ -168,7 +169,7 @@ def main() -> int:
         rate = args.images / statistics.median(taken)
         print(f"{name:<10}{rate:>9.1f} images/s{'   seconds of the last round:' if spent else ''}{spent}")
     images = torch.randn(args.batch, 3, *visual.image_size, device=device)
-    alone = latency.measure({name: towers[name] for name in ("unpruned", "pruned")}, images, 10.0)[1].speedup
+    alone = latency.measure({name: towers[name] for name in ("unpruned", "pruned")}, images, args.seconds)[1].speedup
 
     def ratio(one: str, other: str) -> float:
         return statistics.median(a / b for a, b in zip(seconds[other], seconds[one], strict=True))

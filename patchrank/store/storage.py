@@ -104,12 +104,11 @@ def _remote(bucket: str, query: str) -> fs.FileSystem:
         if scheme == "hf":
             from huggingface_hub import HfFileSystem
 
-            # Listings are not kept: other processes write into a folder of results as well.
-            return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem(use_listings_cache=False)))
+            return fs.PyFileSystem(_Handler(HfFileSystem()))
         if scheme in _READ_ONLY:
             import fsspec
 
-            return fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem(scheme)))
+            return fs.PyFileSystem(_Handler(fsspec.filesystem(scheme)))
         system = fs.FileSystem.from_uri(bucket + query)[0]
     except Exception as error:  # of file systems that are not Arrow's own, whatever their libraries raise
         known = "use a path, s3://, gs://, hf:// or https://"
@@ -164,23 +163,96 @@ def patiently(uri: str, call: Callable[[], _Found]) -> _Found:
         raise
 
 
+@contextlib.contextmanager
+def _as_os_errors() -> Iterator[None]:
+    """Whatever a library raises of a network becomes an OSError, as Arrow's own file systems raise them."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(one_line(error)) from None
+
+
+class _Handler(fs.FSSpecHandler):
+    """A file system of fsspec's that is asked anew what there is: other processes write into a folder of results, too.
+
+    The hub's keeps listings whatever it is told, and takes a network that is down for a folder that is not there.
+    """
+
+    def _forget(self) -> None:
+        self.fs.dircache.clear()
+
+    def get_file_info(self, paths: Any) -> list[fs.FileInfo]:
+        self._forget()
+        with _as_os_errors():
+            return super().get_file_info(paths)
+
+    def get_file_info_selector(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
+        if selector.recursive:
+            raise NotImplementedError("folders are listed one at a time")
+        self._forget()
+        try:
+            with _as_os_errors():
+                found = self.fs.ls(selector.base_dir, detail=True)
+        except FileNotFoundError:
+            if selector.allow_not_found:
+                return []
+            raise
+        return [self._create_file_info(info["name"], info) for info in found]
+
+    def open_input_stream(self, path: str) -> Any:  # of small files, which are replaced
+        self._forget()
+        with _as_os_errors():
+            return super().open_input_stream(path)
+
+    def open_input_file(self, path: str) -> Any:  # of tables, which stay
+        with _as_os_errors():
+            try:
+                return super().open_input_file(path)
+            except FileNotFoundError:
+                self._forget()
+                return super().open_input_file(path)
+
+
 class _Patient(io.RawIOBase):
-    """A file of fsspec's that is read again where that fails, and fails with an OSError, whatever library it is of."""
+    """A file of fsspec's that is read again where that fails, and fails with an OSError, whatever library it is of.
+
+    A server that sends no parts of files cannot be asked twice for one; such a file is read once, from its beginning.
+    """
 
     def __init__(self, file: Any) -> None:
         super().__init__()
         self._file = file
+        self._parts = file.size is not None
+        self._position = 0
 
     def readable(self) -> bool:
         return True
 
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_CUR:
+            offset += self._position
+        elif whence == io.SEEK_END:
+            raise OSError("cannot be read from its end")
+        if self._parts:
+            self._file.seek(offset)
+            self._position = offset
+        while self._position < offset and self.read(min(_BLOCK, offset - self._position)):
+            pass
+        if self._position > offset:
+            raise OSError("is sent from its beginning to its end alone")
+        return self._position
+
     def readinto(self, buffer: Any) -> int:
-        # A server that sends no parts of files (then the size is not known) cannot be asked twice for one.
-        pauses = READ_PAUSES if self._file.size is not None else ()
-        for pause in (*pauses, None):
+        for pause in (*(READ_PAUSES if self._parts else ()), None):
             try:
                 data = self._file.read(len(buffer))
                 buffer[: len(data)] = data
+                self._position += len(data)
                 return len(data)
             except Exception as error:
                 if pause is None or isinstance(error, FileNotFoundError | PermissionError):
@@ -198,12 +270,10 @@ def open_input(uri: str) -> Any:
     system, path = resolve(uri)
     if not isinstance(system, fs.PyFileSystem):
         return system.open_input_file(path)
-    try:
-        return _Patient(system.handler.fs.open(path, "rb", block_size=_BLOCK))
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(one_line(error)) from None
+    through = system.handler.fs
+    with _as_os_errors():
+        parts = listable(uri) or through.info(path).get("partial")  # whether it is sent in parts where asked
+        return _Patient(through.open(path, "rb", block_size=_BLOCK if parts else 0))
 
 
 def read_bytes(uri: str) -> bytes:
