@@ -168,6 +168,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setenv("HF_ENDPOINT", found.endpoint)
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_tests")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", found.endpoint)
+    template = found.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(storage, "READ_PAUSES", (0.01, 0.02))
     storage._remote.cache_clear()
     HfFileSystem.clear_instance_cache()

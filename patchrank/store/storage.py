@@ -6,6 +6,7 @@ hf:// (datasets and models of the Hugging Face hub) and https://, which can only
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 import os
@@ -168,6 +169,8 @@ def _as_os_errors() -> Iterator[None]:
     """Whatever a library raises of a network becomes an OSError, as Arrow's own file systems raise them."""
     try:
         yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), error.filename or str(error)) from None
     except OSError:
         raise
     except Exception as error:
@@ -218,13 +221,16 @@ class _Handler(fs.FSSpecHandler):
 class _Patient(io.RawIOBase):
     """A file of fsspec's that is read again where that fails, and fails with an OSError, whatever library it is of.
 
-    A server that sends no parts of files cannot be asked twice for one; such a file is read once, from its beginning.
+    Args:
+        open: takes a block size; where that is 0 the file is sent in one go. So it is from a server that sends no
+            parts, which cannot be asked twice for one, either.
     """
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, open: Callable[[int], Any]) -> None:
         super().__init__()
-        self._file = file
-        self._parts = file.size is not None
+        self._open = open
+        self._file = open(_BLOCK)
+        self._parts = self._file.size is not None
         self._position = 0
 
     def readable(self) -> bool:
@@ -255,10 +261,19 @@ class _Patient(io.RawIOBase):
                 self._position += len(data)
                 return len(data)
             except Exception as error:
+                if self._parts and isinstance(error, ValueError):  # as fsspec has it where no parts are sent
+                    self._in_one_go()
+                    return self.readinto(buffer)
                 if pause is None or isinstance(error, FileNotFoundError | PermissionError):
                     raise OSError(one_line(error)) from None
                 time.sleep(pause)
         raise AssertionError("the last try returns or raises")
+
+    def _in_one_go(self) -> None:
+        self._file.close()
+        self._file, self._parts = self._open(0), False
+        reached, self._position = self._position, 0
+        self.seek(reached)
 
     def close(self) -> None:
         self._file.close()
@@ -270,10 +285,8 @@ def open_input(uri: str) -> Any:
     system, path = resolve(uri)
     if not isinstance(system, fs.PyFileSystem):
         return system.open_input_file(path)
-    through = system.handler.fs
     with _as_os_errors():
-        parts = listable(uri) or through.info(path).get("partial")  # whether it is sent in parts where asked
-        return _Patient(through.open(path, "rb", block_size=_BLOCK if parts else 0))
+        return _Patient(lambda block: system.handler.fs.open(path, "rb", block_size=block))
 
 
 def read_bytes(uri: str) -> bytes:
