@@ -133,7 +133,8 @@ class Corpus:
 
         if not storage.is_local(self.folder):
             raise UserError(f"{self.folder}: must be a folder of this machine to be put on the hub")
-        api, where = HfApi(), {"repo_id": repo, "repo_type": "dataset"}
+        api = HfApi()
+        where: dict[str, Any] = {"repo_id": repo, "repo_type": "dataset"}
         try:
             api.create_repo(**where, private=private, exist_ok=True)
             api.upload_folder(**where, folder_path=self.folder, ignore_patterns=["**/.*", ".*"])
