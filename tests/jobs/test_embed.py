@@ -208,7 +208,7 @@ def test_neighbours_by_duckdb_alone(whole):
     """The lines of docs/corpus.md."""
     keys, found = embeddings.open(str(whole)).matrix()
     order = [keys[i] for i in np.argsort(-(found @ found[keys.index("2-7")]))]
-    (code,) = re.findall(r"```python\n(rows = duckdb.*?)```", (ROOT / "docs" / "corpus.md").read_text(), re.DOTALL)[1:]
+    (code,) = re.findall(r"```python\n(rows = duckdb.*?)```", (ROOT / "docs" / "corpus.md").read_text(), re.DOTALL)
     lines = code.replace("embeddings/*", f"{whole}/*").replace("512", "24").replace("n01440764_10026", "2-7")
     *before, last = lines.strip().splitlines()
     names = {"duckdb": duckdb}
