@@ -21,6 +21,7 @@ from patchrank.errors import UserError
 from patchrank.store import card, storage
 from patchrank.store.folder import FINGERPRINT, REJECTS_SCHEMA, SHARD, VERBS, Folder, Kind, file_name, parquet_files
 
+DONE: dict[str, str] = {"search": "ranked", "embedding": "embedded"}  # what happened to an image, by kind
 _TABLE = re.compile(r"-[0-9a-f]{8}\.parquet$")  # the name of a shard's table, as `file_name` makes it
 
 
