@@ -40,7 +40,7 @@ GRID = (14, 14)
 KEEP_RATES = (0.8, 0.7, 0.6, 0.5, 0.4)
 CLASSES = 1000
 UNCHANGED = 0.9  # of the predictions, at each keep rate
-QUERY_SECONDS, QUERY_BYTES, READER_RATIO, LISTING_SECONDS = 5.0, 1e9, 20.0, 5.0
+QUERY_SECONDS, QUERY_BYTES, READER_RATIO, LISTING_SECONDS, FIRST_ROW_SECONDS = 5.0, 1e9, 20.0, 5.0, 2.0
 TRAINING_COLUMNS = ("ranking", "score")  # that patchrank.data.join reads of every table
 
 
@@ -162,6 +162,17 @@ def read(corpus: Rankings, count: int, model: str, report: Report) -> None:
     report.line("training reader", f"{text}images/s: {ratio:,.0f} times as fast", ratio >= READER_RATIO)
 
 
+def first_row(folder: str, report: Report) -> None:
+    """How long `datasets` takes to the first row of a corpus that it streams; its own import is not counted."""
+    import datasets
+
+    start = time.perf_counter()
+    row = next(iter(datasets.load_dataset(folder, split="train", streaming=True)))
+    seconds = time.perf_counter() - start
+    good = len(row["ranking"]) == GRID[0] * GRID[1] and seconds < FIRST_ROW_SECONDS
+    report.line("first row streamed", f"{seconds:.2f} s (limit {FIRST_ROW_SECONDS:.0f} s)", good)
+
+
 def resume(count: int, report: Report) -> None:
     """What a search does before its first shard: list the shards, and decide which of them are to be done."""
     with tempfile.TemporaryDirectory(prefix="patchrank-") as scratch:
@@ -231,6 +242,7 @@ def main() -> int:
         corpus = rankings.open(folder)
         read(corpus, args.shards, args.model, report)
         small_files(corpus, report)
+        first_row(folder, report)
     resume(args.listed, report)
     return 0 if report.good else 1
 

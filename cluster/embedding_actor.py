@@ -43,8 +43,8 @@ class EmbeddingActor(TowerActor):
         tower, preprocess = self._load(shared)
         with self._loading:
             if self._embedder is None:
-                num_classes = None if plan.classes is None else len(plan.classes)
-                reading = Reading(preprocess, plan.images_per_batch, plan.limit, shared.places.threads, num_classes)
+                # A label decides nothing here, so one outside of the classes is no reason to leave the image out.
+                reading = Reading(preprocess, plan.images_per_batch, plan.limit, shared.places.threads)
                 embedder = Embedder(tower, plan.pruning)
                 self._embedder = ShardEmbedder(embedder, reading, plan.precision, plan.classes, plan.logit_scale)
             return self._embedder

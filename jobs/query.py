@@ -1,4 +1,4 @@
-"""SQL over a folder of rankings or embeddings, and nearest neighbours among embeddings.
+"""SQL over a folder of rankings or embeddings, and nearest neighbours.
 
     python jobs/query.py FOLDER                                           a summary, and the named queries
     python jobs/query.py FOLDER accuracy                                  a named query

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from patchrank import flags
 from patchrank.errors import run
 from patchrank.store import status
+from patchrank.store.corpus import DONE
 from patchrank.store.status import Status
 
-DONE = {"search": "ranked", "embedding": "embedded"}
 LISTED = 20  # shards in work, failures and reasons that are printed
 
 

@@ -1,4 +1,4 @@
-"""WebDataset shards: find them on disk, s3:// and gs://, stream their samples, and say what cannot be read."""
+"""WebDataset shards: find them on a disk, in buckets, on the hub or the web, stream samples, say what is wrong."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class ShardError(Exception):
 def expand(specs: Sequence[str]) -> list[str]:
     """The URIs of all shards that the specs name, in order, without duplicates; one by two paths is told on stderr.
 
-    A spec is, on disk, s3:// or gs://:
+    A spec is, on disk, s3://, gs://, hf:// or https:// (which cannot be listed):
 
     - a shard, which need not exist: reading it raises `ShardError`, and the other shards can still be read;
     - a brace expression, `data/x-{000000..000012}.tar` or `{a,b}.tar`, of any of these specs;
@@ -117,7 +117,8 @@ def read(uri: str, limit: int | None = None) -> Iterator[Sample | Reject]:
     within the limit on pixels (`images.max_bytes`), or one whose key an accepted sample had before.
 
     Args:
-        uri: a tar, plain or gzip (told by content, not by name), on disk, s3:// or gs://; or a local folder of images.
+        uri: a tar, plain or gzip (told by content, not by name), on disk, s3://, gs://, hf:// or https://; or a local
+            folder of images.
         limit: stop after this many samples; rejects count.
 
     Raises:
@@ -129,11 +130,10 @@ def read(uri: str, limit: int | None = None) -> Iterator[Sample | Reject]:
     seen: set[str] = set()
     with contextlib.ExitStack() as opened:
         try:
-            system, path = storage.resolve(uri)
-            if storage.is_local(uri) and os.path.isdir(path):
-                found = image_folder.samples(path)
+            if storage.is_local(uri) and os.path.isdir(storage.absolute(uri)):
+                found = image_folder.samples(storage.absolute(uri))
             else:
-                file = storage.patiently(uri, lambda: system.open_input_file(path))
+                file = storage.patiently(uri, lambda: storage.open_input(uri))
                 found = _samples(opened.enter_context(io.BufferedReader(file, _BUFFER)))
         except (OSError, UserError) as error:
             raise ShardError(one_line(error)) from None
@@ -189,6 +189,8 @@ def _expand(spec: str, lists: tuple[str, ...], base: str = "") -> Iterator[str]:
         name = word.removesuffix(query)
         path = storage.absolute(_join(base, name))
         if wildcard := re.search(r"[*?[]", name):
+            if not storage.listable(path):
+                raise UserError(f"{word}: https:// cannot be listed; name shards by braces or in a list file")
             slash = name.rfind("/", 0, wildcard.start()) + 1
             yield from _matches(word, storage.absolute(_join(base, name[:slash])), name[slash:], query)
         elif path.endswith(LIST_SUFFIXES):

@@ -17,9 +17,10 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from patchrank.errors import UserError
-from patchrank.store import storage
+from patchrank.store import card, storage
 from patchrank.store.folder import FINGERPRINT, REJECTS_SCHEMA, SHARD, VERBS, Folder, Kind, file_name, parquet_files
 
+DONE: dict[str, str] = {"search": "ranked", "embedding": "embedded"}  # what happened to an image, by kind
 _TABLE = re.compile(r"-[0-9a-f]{8}\.parquet$")  # the name of a shard's table, as `file_name` makes it
 
 
@@ -111,6 +112,38 @@ class Corpus:
             raise UserError(f"{self.folder}: {missing}") from None
         except (pa.ArrowException, OSError) as error:
             raise self._unreadable(path, error) from None
+
+    def push_to_hub(self, repo: str, private: bool | None = None) -> str:
+        """Put the folder, which is local, on the Hugging Face hub as a dataset.
+
+        The card becomes the README.md there, unless there is one, which may have been edited since.
+
+        Args:
+            repo: "me/my-rankings"; made where there is none.
+            private: as huggingface_hub has it.
+
+        Returns:
+            The dataset's URI, hf://datasets/REPO.
+
+        Raises:
+            UserError: the folder is none of this machine, or what the hub says.
+        """
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        if not storage.is_local(self.folder):
+            raise UserError(f"{self.folder}: must be a folder of this machine to be put on the hub")
+        api = HfApi()
+        where: dict[str, Any] = {"repo_id": repo, "repo_type": "dataset"}
+        try:
+            api.create_repo(**where, private=private, exist_ok=True)
+            api.upload_folder(**where, folder_path=self.folder, ignore_patterns=["**/.*", ".*"])
+            read_me = self.home.beside(card.FILE)
+            if storage.exists(read_me) and not api.file_exists(**where, filename=card.FILE):
+                api.upload_file(**where, path_or_fileobj=read_me, path_in_repo=card.FILE)
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise UserError(f"{repo}: {storage.one_line(error)}") from None
+        return f"hf://datasets/{repo}"
 
     def _dataset(self, folder: str, names: Sequence[str]) -> ds.Dataset:
         """A dataset over files of a folder, all of this job; what is no table of a shard is left out."""

@@ -28,6 +28,7 @@ import pyarrow as pa
 
 from patchrank.errors import UserError
 from patchrank.store import storage
+from patchrank.store.corpus import DONE
 from patchrank.store.embeddings import Embeddings
 from patchrank.store.rankings import Rankings
 
@@ -174,9 +175,9 @@ ORDER BY images DESC, prediction""",
 
 _MISSING = {
     "label": "no image has a label: accuracy is empty",
-    "prediction": "there were no class embeddings: predictions, confidence and accuracy are empty",
-    "keep": "the search recorded no keep rates: there is nothing to compare",
-    "grid": "the search did not record the grid of patches: grid_row and grid_column are empty",
+    "prediction": "the {kind} had no class embeddings: predictions, confidence and accuracy are empty",
+    "keep": "the {kind} recorded no keep rates: there is nothing to compare",
+    "grid": "the {kind} did not record the grid of patches: grid_row and grid_column are empty",
 }
 
 
@@ -261,7 +262,7 @@ def notes(connection: DuckDBPyConnection, corpus: Rankings | Embeddings, query: 
     """One line for each thing that a named query cannot answer on this corpus."""
     images = len(corpus)
     if not images:
-        return [f"no image has {corpus.rows}"]
+        return [f"no image has been {DONE[corpus.kind]}"]
     have: dict[str, Any] = {}
     if isinstance(corpus, Rankings):
         have = {"keep": corpus.keep_rates, "grid": corpus.grid}
@@ -269,7 +270,7 @@ def notes(connection: DuckDBPyConnection, corpus: Rankings | Embeddings, query: 
     if columns:
         counts = connection.execute(f"SELECT {', '.join(f'count({name})' for name in columns)} FROM {corpus.rows}")
         have |= dict(zip(columns, counts.fetchall()[0], strict=True))
-    lines = [_MISSING[need] for need in query.needs if not have[need]]
+    lines = [_MISSING[need].format(kind=corpus.kind) for need in query.needs if not have[need]]
     labels = have.get("label", images)
     if 0 < labels < images:
         lines.append(f"{images - labels} of {images} images have no label: accuracy is that of the others")

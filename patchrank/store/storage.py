@@ -1,14 +1,19 @@
-"""One file-system layer for shards and rankings: local paths, s3:// and gs://, through pyarrow.fs."""
+"""One file-system layer for shards and results: local paths, s3:// and gs://, through pyarrow.fs.
+
+hf:// (datasets and models of the Hugging Face hub) and https://, which can only be read, go through fsspec.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import io
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pyarrow import fs
 
@@ -20,6 +25,10 @@ ATTEMPTS = 10
 # up to a minute to be known everywhere.
 DENIED_PAUSES = (1, 4, 10, 20)
 _in_vain: set[str] = set()  # buckets that denied all of these: where a thousand shards are denied, one is waited for
+# Seconds before a read of hf:// or https:// that failed is tried once more.
+READ_PAUSES = (0.5, 1, 2, 4, 8, 16)
+_READ_ONLY = ("http", "https")
+_BLOCK = 4 << 20  # bytes a request
 _S3_OPTIONS = {
     "connect_timeout": 10,  # seconds
     "request_timeout": 20,  # seconds without a byte
@@ -30,6 +39,11 @@ _S3_OPTIONS = {
 def is_local(uri: str) -> bool:
     """Whether the URI is a path of this machine (no scheme, or file://)."""
     return "://" not in uri or uri.startswith("file://")
+
+
+def listable(uri: str) -> bool:
+    """Whether folders there can be listed, and files written: all but https://."""
+    return uri.partition("://")[0] not in _READ_ONLY or is_local(uri)
 
 
 def absolute(uri: str) -> str:
@@ -78,6 +92,8 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), absolute(uri)
     path, mark_and_query = split_options(absolute(uri))
     scheme, _, rest = path.partition("://")
+    if scheme in _READ_ONLY:
+        return _remote(f"{scheme}://", ""), path + mark_and_query
     query = mark_and_query.removeprefix("?")
     options = [query] if query else []
     if scheme in ("gs", "gcs") and "retry_limit_seconds" not in query:
@@ -89,10 +105,20 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
 
 @functools.lru_cache(maxsize=64)  # connecting to a bucket asks for its region: one request a bucket, not one a shard
 def _remote(bucket: str, query: str) -> fs.FileSystem:
+    scheme = bucket.partition("://")[0]
     try:
+        if scheme == "hf":
+            from huggingface_hub import HfFileSystem
+
+            return fs.PyFileSystem(_Handler(HfFileSystem()))
+        if scheme in _READ_ONLY:
+            import fsspec
+
+            return fs.PyFileSystem(_Handler(fsspec.filesystem(scheme)))
         system = fs.FileSystem.from_uri(bucket + query)[0]
     except Exception as error:  # of file systems that are not Arrow's own, whatever their libraries raise
-        raise UserError(f"{bucket}: cannot be opened ({one_line(error)}); use a path, s3:// or gs://") from None
+        known = "use a path, s3://, gs://, hf:// or https://"
+        raise UserError(f"{bucket}: cannot be opened ({one_line(error)}); {known}") from None
     if isinstance(system, fs.S3FileSystem):
         # A URI cannot ask for these, so the file system is built again from what pickle would keep of it. Its own
         # retries come every 0.2 s for 6 s: too fast for a bucket that throttles us, and over too soon.
@@ -152,6 +178,131 @@ def patiently(uri: str, call: Callable[[], _Found]) -> _Found:
         raise
 
 
+@contextlib.contextmanager
+def _as_os_errors() -> Iterator[None]:
+    """Whatever a library raises of a network becomes an OSError, as Arrow's own file systems raise them."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), error.filename or str(error)) from None
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(one_line(error)) from None
+
+
+class _Handler(fs.FSSpecHandler):
+    """A file system of fsspec's that is asked anew what there is: other processes write into a folder of results, too.
+
+    The hub's keeps listings whatever it is told, and takes a network that is down for a folder that is not there.
+    """
+
+    def _forget(self) -> None:
+        self.fs.dircache.clear()
+
+    def get_file_info(self, paths: Any) -> list[fs.FileInfo]:
+        self._forget()
+        with _as_os_errors():
+            return super().get_file_info(paths)
+
+    def get_file_info_selector(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
+        if selector.recursive:
+            raise NotImplementedError("folders are listed one at a time")
+        self._forget()
+        try:
+            with _as_os_errors():
+                found = self.fs.ls(selector.base_dir, detail=True)
+        except FileNotFoundError:
+            if selector.allow_not_found:
+                return []
+            raise
+        return [self._create_file_info(info["name"], info) for info in found]
+
+    def open_input_stream(self, path: str) -> Any:  # of small files, which are replaced
+        self._forget()
+        with _as_os_errors():
+            return super().open_input_stream(path)
+
+    def open_input_file(self, path: str) -> Any:  # of tables, which stay
+        with _as_os_errors():
+            try:
+                return super().open_input_file(path)
+            except FileNotFoundError:
+                self._forget()
+                return super().open_input_file(path)
+
+
+class _Patient(io.RawIOBase):
+    """A file of fsspec's that is read again where that fails, and fails with an OSError, whatever library it is of.
+
+    Args:
+        open: takes a block size; where that is 0 the file is sent in one go. So it is from a server that sends no
+            parts, which cannot be asked twice for one, either.
+    """
+
+    def __init__(self, open: Callable[[int], Any]) -> None:
+        super().__init__()
+        self._open = open
+        self._file = open(_BLOCK)
+        self._parts = self._file.size is not None
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_CUR:
+            offset += self._position
+        elif whence == io.SEEK_END:
+            raise OSError("cannot be read from its end")
+        if self._parts:
+            self._file.seek(offset)
+            self._position = offset
+        while self._position < offset and self.read(min(_BLOCK, offset - self._position)):
+            pass
+        if self._position > offset:
+            raise OSError("is sent from its beginning to its end alone")
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        for pause in (*(READ_PAUSES if self._parts else ()), None):
+            try:
+                data = self._file.read(len(buffer))
+                buffer[: len(data)] = data
+                self._position += len(data)
+                return len(data)
+            except Exception as error:
+                if self._parts and isinstance(error, ValueError):  # as fsspec has it where no parts are sent
+                    self._in_one_go()
+                    return self.readinto(buffer)
+                if pause is None or isinstance(error, FileNotFoundError | PermissionError):
+                    raise OSError(one_line(error)) from None
+                time.sleep(pause)
+        raise AssertionError("the last try returns or raises")
+
+    def _in_one_go(self) -> None:
+        self._file.close()
+        self._file, self._parts = self._open(0), False
+        reached, self._position = self._position, 0
+        self.seek(reached)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def open_input(uri: str) -> Any:
+    """A file to read from its beginning, with `readinto`. Raises OSError where it cannot be read, here and later."""
+    system, path = resolve(uri)
+    if not isinstance(system, fs.PyFileSystem):
+        return system.open_input_file(path)
+    with _as_os_errors():
+        return _Patient(lambda block: system.handler.fs.open(path, "rb", block_size=block))
+
+
 def read_bytes(uri: str) -> bytes:
     """The whole content of a file. Raises OSError where it cannot be read."""
     system, path = resolve(uri)
@@ -178,6 +329,8 @@ def write_atomic(uri: str, data: bytes) -> None:
     Raises:
         OSError: the data could not be written; nothing is left behind.
     """
+    if not listable(uri):
+        raise UserError(f"{uri}: can only be read; write to a path, s3://, gs:// or hf://")
     system, path = resolve(uri)
     if not is_local(uri):
         stream = system.open_output_stream(path)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import tarfile
 
+import duckdb
 import numpy as np
 import open_clip
 import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from here import run_here
+from here import ROOT, run_here
 from PIL import Image
 from tiny_search import once_waiting, tables
 
@@ -200,6 +202,18 @@ def test_nearest_neighbours(data, whole, model, capsys, tmp_path):
         text = F.normalize(clip.encode_text(tokenizer(["a dog"])), dim=-1)[0].numpy()
     rows = asked(capsys, whole, "--text", "a dog", "--nearest", 4)
     assert [row["key"] for row in rows] == [keys[i] for i in np.argsort(-(found @ text))[:4]]
+
+
+def test_neighbours_by_duckdb_alone(whole):
+    """The lines of docs/corpus.md."""
+    keys, found = embeddings.open(str(whole)).matrix()
+    order = [keys[i] for i in np.argsort(-(found @ found[keys.index("2-7")]))]
+    (code,) = re.findall(r"```python\n(rows = duckdb.*?)```", (ROOT / "docs" / "corpus.md").read_text(), re.DOTALL)
+    lines = code.replace("embeddings/*", f"{whole}/*").replace("512", "24").replace("n01440764_10026", "2-7")
+    *before, last = lines.strip().splitlines()
+    names = {"duckdb": duckdb}
+    exec("\n".join([*before, f"answer = {last}.fetchall()"]), names)
+    assert [key for key, _ in names["answer"]] == order[:10]
 
 
 def test_questions_that_cannot_be_answered(data, whole, undisturbed, capsys, tmp_path):

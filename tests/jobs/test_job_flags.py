@@ -10,7 +10,7 @@ from here import ROOT
 from cluster.evaluate import EvaluationJob
 from cluster.rank import SearchJob
 from cluster.training_job import TrainingConfig
-from jobs import evaluate, fit, make_shards, query, report, search, status, train_predictor, train_tokens
+from jobs import embed, evaluate, fit, make_shards, query, report, search, status, train_predictor, train_tokens
 from patchrank import assets, flags
 from patchrank.errors import UserError
 from patchrank.pruning.predictor import SCALED
@@ -42,6 +42,10 @@ DEFAULTS = {
         "held_out": 1.0, "max_pixels": 89478485, "predictor": None, "tokens": None, "bundle": None, "methods": None,
         "keep_rates": RATES, "match": None, "save_bundle": None, "batch_sizes": [1, 8, 64],
         "timed_keep_rates": [0.6, 0.5], "timed_seconds": 5.0, "neighbours": 5000,
+    },
+    embed: {
+        **MODEL, **CLASSES, **ACTORS, "shards": [], "out": "embeddings", "precision": "float16", "limit": None,
+        "max_pixels": 89478485, "estimate": False, "bundle": None, "keep": None,
     },
     train_predictor: {
         **IMAGES, **TRAINING, "loss": "bce", "target": None, "width": SCALED, "expansion": 2.0, "mixing": SCALED,
@@ -104,6 +108,8 @@ def test_a_search_without_flags_is_of_what_is_embedded():
         (search, "--limit 0", "--limit 0: must be at least 1"),
         (search, "--rescore some", "--rescore some: must be a number or 'all'"),
         (search, "--gpus-per-actor 2", "--gpus-per-actor 2.0: must be 0, or 0.0001 to 1: an actor works on one GPU"),
+        (embed, "--shards a.tar", "--shards and --model are needed"),
+        (embed, "--precision int8", "--precision int8: must be one of float16, float32"),
         (evaluate, "--batch-sizes 8 0", "--batch-sizes 0: must be at least 1"),
         (evaluate, "--held-out 0", "--held-out 0.0: must be above 0 and at most 1"),
         (evaluate, "--tokens t", "--tokens needs --predictor, which tells the tokens that stay"),
@@ -118,7 +124,7 @@ def test_flags_that_do_not_go_together_are_refused(job, given, words):
 
 
 @pytest.mark.parametrize(
-    "file", ["README.md", "docs/search.md", "docs/training.md", "docs/pruning.md", "docs/cluster.md"]
+    "file", ["README.md", "docs/search.md", "docs/training.md", "docs/pruning.md", "docs/cluster.md", "docs/corpus.md"]
 )
 def test_documented_commands_have_flags_that_there_are(file, capsys):
     text = (ROOT / file).read_text().replace("\\\n", " ")

@@ -21,7 +21,7 @@ from made_up import KEEP_RATES, images, settings
 
 from jobs import query
 from patchrank.evaluation import evaluate
-from patchrank.store import card, rankings, status, storage
+from patchrank.store import card, embeddings, rankings, status, storage
 from patchrank.store.folder import BESIDE, Folder, Reject, find
 from patchrank.store.status import Run
 
@@ -66,7 +66,20 @@ def evaluated(folder: str) -> Folder:
     return home
 
 
-KINDS = [searched, searched_without_classes, evaluated]
+def embedded(folder: str, precision: str = "float16") -> Folder:
+    home = Folder(folder, "embedding").prepare(settings(), embeddings.COLUMNS)
+    for number, shard in enumerate(SHARDS):
+        vectors = np.random.default_rng(number).normal(size=(IMAGES, 8)).astype(precision)
+        rows = embeddings.table(shard, [f"{image}" for image in range(IMAGES)], [3, None, 1, 0, 2], vectors)
+        home.write(shard, rows, [Reject("bad", "no image")], encode=embeddings.encode)
+    return home
+
+
+def embedded_in_float32(folder: str) -> Folder:
+    return embedded(folder, "float32")
+
+
+KINDS = [searched, searched_without_classes, evaluated, embedded, embedded_in_float32]
 
 
 def at_work(home: Folder) -> None:
@@ -109,7 +122,7 @@ def same(found: pa.Table, home: Folder) -> None:
 
 
 def lists(home: Folder) -> dict[str, int]:
-    return {"embedding": 8} if home.kind == "evaluation" else dict.fromkeys(("ranking", "score", "step"), 20)
+    return {"embedding": 8} if home.kind != "search" else dict.fromkeys(("ranking", "score", "step"), 20)
 
 
 def test_pyarrow(home):
@@ -189,10 +202,10 @@ def test_the_card_is_written_once_and_names_every_column(tmp_path):
     assert path.read_text() == "edited"
 
 
-@pytest.mark.parametrize("columns", [rankings.COLUMNS, evaluate.COLUMNS], ids=["rankings", "evaluation"])
-def test_every_column_has_a_meaning(columns):
-    schema = rankings.schema(2) if columns is rankings.COLUMNS else evaluate.schema(2)
-    assert list(columns) == schema.names
+def test_every_column_has_a_meaning():
+    assert list(rankings.COLUMNS) == rankings.schema(2).names
+    assert list(evaluate.COLUMNS) == evaluate.schema(2).names
+    assert list(embeddings.COLUMNS) == embeddings.schema(2, "float16").names
 
 
 def test_a_folder_of_before_is_gone_on_with_as_it_is(tmp_path, capsys):
