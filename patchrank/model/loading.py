@@ -142,7 +142,8 @@ def tower_digest(visual: nn.Module, dtype: torch.dtype = torch.float32) -> str:
 
     A tower that is kept in a lower precision has the digest of the float32 one in that precision.
     """
-    return digest({key: value.to(dtype) for key, value in visual.state_dict().items()}, adapt(visual).structure())
+    weights, structure = adapt(visual).content()
+    return digest({key: value.to(dtype) for key, value in weights.items()}, structure)
 
 
 def open_clip_name(name: str, pretrained: str | None) -> str:

@@ -12,7 +12,6 @@ from open_clip.transformer import (
     AttentionalPooler,
     CustomResidualAttentionBlock,
     LayerNormFp32,
-    QuickGELU,
     ResidualAttentionBlock,
     Transformer,
     VisionTransformer,
@@ -132,6 +131,15 @@ class OpenClipViT(Adapter):
         block = self.blocks[number]
         return x + block.ls_2(block.mlp(block.ln_2(x)))
 
+    @property
+    def recomputes(self) -> bool:
+        """As `Adapter.recomputes`."""
+        return self.visual.transformer.grad_checkpointing
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        """As `Adapter.final_norm`."""
+        return self.visual.ln_post(x)
+
     def class_attention(self, x: Tensor, number: int, places: Tensor | None = None) -> Tensor:
         """As `Adapter.class_attention`."""
         visual, p = self.visual, self.prefix_tokens
@@ -233,20 +241,25 @@ def _replaced(visual: Any) -> Iterator[str | None]:
             yield fidelity.refusal(block.attn.out_proj, f"the output projection in {where}", kinds)
 
 
-def fuse_quick_gelu(mlp: Any) -> None:
+def fuse_quick_gelu(mlp: Any, first: str = "c_fc", second: str = "c_proj", activation: str = "gelu") -> None:
     """Make an MLP with QuickGELU, as OpenAI's weights have it, one with SiLU that computes the same.
 
     QuickGELU, x sigmoid(1.702 x), is three passes over the widest activation; SiLU, x sigmoid(x), is one. The factor
     goes into the weights before it and out of those after it, unless a norm stands between.
+
+    Args:
+        first, second, activation: the names of its parts.
     """
-    plain = all(fidelity.refusal(module, "", (nn.Linear,)) is None for module in (mlp.c_fc, mlp.c_proj))
-    plain = plain and not any(parametrize.is_parametrized(module) for module in (mlp.c_fc, mlp.c_proj))
-    if plain and isinstance(mlp.gelu, QuickGELU) and isinstance(getattr(mlp, "ln", _IDENTITY), nn.Identity):
+    before, after = getattr(mlp, first), getattr(mlp, second)
+    plain = all(fidelity.refusal(module, "", (nn.Linear,)) is None for module in (before, after))
+    plain = plain and not any(parametrize.is_parametrized(module) for module in (before, after))
+    quick = type(getattr(mlp, activation)).__name__ in ("QuickGELU", "QuickGELUActivation")  # of either library
+    if plain and quick and isinstance(getattr(mlp, "ln", _IDENTITY), nn.Identity):
         with torch.no_grad():
-            mlp.c_fc.weight *= QUICK_GELU
-            mlp.c_fc.bias *= QUICK_GELU
-            mlp.c_proj.weight /= QUICK_GELU
-        mlp.gelu = nn.SiLU(inplace=True)
+            before.weight *= QUICK_GELU
+            before.bias *= QUICK_GELU
+            after.weight /= QUICK_GELU
+        setattr(mlp, activation, nn.SiLU(inplace=True))
 
 
 def _project(attn: Any, x: Tensor, class_token_only: bool = False) -> tuple[Tensor, Tensor, Tensor]:

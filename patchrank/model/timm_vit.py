@@ -151,6 +151,15 @@ class TimmViT(Adapter):
         block = self.blocks[number]
         return x + block.ls2(block.mlp(block.norm2(x)))
 
+    @property
+    def recomputes(self) -> bool:
+        """As `Adapter.recomputes`."""
+        return self.visual.trunk.grad_checkpointing
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        """As `Adapter.final_norm`."""
+        return self.visual.trunk.norm(x)
+
     def _project(
         self, attn: Any, x: Tensor, places: Tensor | None, class_token_only: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -126,6 +126,12 @@ class Bundle(
         """The block before which tokens leave."""
         return self.model["cut"]
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of the images that it is for."""
+        rows, columns = self.model["grid"]
+        return rows, columns
+
     @classmethod
     def from_training(cls, model: Model, predictor_folder: str, tokens_folder: str | None = None) -> Bundle:
         """What jobs/train_predictor.py and jobs/train_tokens.py left.

@@ -27,6 +27,7 @@ from patchrank.model.tower import default_cut
 from patchrank.pruning.bundle import Bundle
 from patchrank.pruning.dropping import PrunedTower
 from patchrank.pruning.methods import METHODS, RANDOM, TOKENS, Method, Need, by_name_alone
+from patchrank.pruning.owner import owner_of
 from patchrank.pruning.schedule import (
     Schedule,
     at_keep_rate,
@@ -50,12 +51,14 @@ def prune(
     *,
     multiply_adds: float | None = None,
     blocks: Sequence[int] | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> nn.Module:
-    """Make an open_clip model drop patch tokens whenever it encodes an image; the model is changed in place.
+    """Make a CLIP drop patch tokens whenever it encodes an image; the model is changed in place.
 
     Args:
-        model: from `open_clip.create_model` or the like, or a wrapper that holds one (DDP, `torch.compile`, peft where
-            attention is not tuned); one that is pruned already is restored first.
+        model: from `open_clip.create_model` or the like, a CLIP, SigLIP, SigLIP2, DINOv2 or ViT of transformers, or what
+            holds one (DDP, `torch.compile`, peft where attention is not tuned); one that is pruned already is restored
+            first.
         how: a bundle, the folder of one or its id on the Hugging Face hub: what a training left (`patchrank.Bundle`).
             Or, to compare with: "class-attention", "random", "token-merging" (then tokens are merged, at as many
             multiply-adds), or `patchrank.Golden` for images whose rankings are known.
@@ -65,6 +68,8 @@ def prune(
         multiply_adds: instead of `keep`, how much of the unpruned model's multiply-adds may be used, in 0 .. 1.
         blocks: the blocks before which tokens leave, in equal parts, where `keep` is one number; one block, the
             bundle's cut or a quarter of the depth, where None.
+        image_size: H and W of the images, for a model of transformers that takes any (DINOv2, SigLIP2); those that a
+            bundle was made for, or those of its configuration, where None.
 
     One image goes through both towers, all its tokens kept, and must come out the same: patchrank computes blocks from
     their weights, and does not know what else was put in their place.
@@ -77,11 +82,51 @@ def prune(
             with other modules or hooks in the place of those that it was built of; a keep rate, block or target that
             makes no sense.
     """
-    clip = _owner(model)
-    visual = clip.visual
-    visual = visual.original if isinstance(visual, StandIn) else visual
-    adapter = adapt(visual)
     bundle, method = _resolve(how)
+    with owner_of(model, None if bundle is None else bundle.grid, image_size) as owner:
+        tower = _planned(owner.visual, bundle, method, keep, multiply_adds, blocks)
+        if not tower.idle:
+            fidelity.check(tower.adapter)
+        tower.train(owner.visual.training)
+        for part in (method.selector, method.tokens):
+            if part is not None:
+                part.to(tower.adapter.device)
+        owner.put(tower)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Give a pruned model its original image tower back; one that is not pruned stays as it is. Returns the model."""
+    owner_of(model).restore()
+    return model
+
+
+def pruned_tower(name: str, visual: Any, cut: int, keep: float, bundle: Bundle | None = None) -> StandIn:
+    """The image tower that a method makes of another, as `prune` does, to time it and count what it costs.
+
+    Golden rankings are not known to a tower by itself; what stays is left to chance then, at no cost either.
+
+    Raises:
+        UserError: a keep rate that leaves nothing.
+    """
+    if Need.RANKINGS in METHODS[name].needs:
+        name, bundle = RANDOM, None
+    method, adapter = METHODS[name].make(bundle), adapt(visual)
+    if method.image_tower is not None:
+        return method.image_tower(visual, budget(adapter, method, cut, keep))
+    return PrunedTower(visual, at_keep_rate(adapter, method, cut, keep), method.selector, method.tokens, cut)
+
+
+def _planned(
+    visual: Any,
+    bundle: Bundle | None,
+    method: Method,
+    keep: float | Mapping[int, float] | None,
+    multiply_adds: float | None,
+    blocks: Sequence[int] | None,
+) -> StandIn:
+    """The tower that `prune` puts in the place of `visual`, for the same arguments."""
+    adapter = adapt(visual)
     if bundle is not None:
         bundle.check(visual)
     cut = bundle.cut if bundle is not None else default_cut(adapter.depth)
@@ -106,59 +151,7 @@ def prune(
         raise UserError("block 0: there is no block before it whose attention could tell which tokens stay")
     if schedule and bundle is not None and min(schedule) != cut:
         raise UserError(f"block {min(schedule)}: this bundle's predictor looks at the tokens before block {cut}")
-    tower = _tower(method, visual, schedule, cut)
-    if not tower.idle:
-        fidelity.check(adapter)
-    tower.train(visual.training)
-    for part in (method.selector, method.tokens):
-        if part is not None:
-            part.to(adapter.device)
-    clip.visual = tower
-    return model
-
-
-def restore(model: nn.Module) -> nn.Module:
-    """Give a pruned model its original image tower back; one that is not pruned stays as it is. Returns the model."""
-    clip = _owner(model)
-    if isinstance(clip.visual, StandIn):
-        clip.visual = clip.visual.original
-    return model
-
-
-def pruned_tower(name: str, visual: Any, cut: int, keep: float, bundle: Bundle | None = None) -> StandIn:
-    """The image tower that a method makes of another, as `prune` does, to time it and count what it costs.
-
-    Golden rankings are not known to a tower by itself; what stays is left to chance then, at no cost either.
-
-    Raises:
-        UserError: a keep rate that leaves nothing.
-    """
-    if Need.RANKINGS in METHODS[name].needs:
-        name, bundle = RANDOM, None
-    method, adapter = METHODS[name].make(bundle), adapt(visual)
-    if method.image_tower is not None:
-        return method.image_tower(visual, budget(adapter, method, cut, keep))
-    return PrunedTower(visual, at_keep_rate(adapter, method, cut, keep), method.selector, method.tokens, cut)
-
-
-def _owner(model: nn.Module) -> Any:
-    """The module whose attribute `visual` is the image tower: the model itself, or the one that a wrapper holds.
-
-    Raises:
-        UserError: there is none, or more than one, or its weights are sharded.
-    """
-    modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
-    if "visual" not in getattr(model, "_modules", {}):  # a wrapper hands on what is read, and not what is written
-        owners = {name: each for name, each in modules.items() if isinstance(each._modules.get("visual"), nn.Module)}
-        if not owners:
-            raise UserError(f"a {type(model).__name__} cannot be pruned: it has no image tower `visual`")
-        if len(owners) > 1:
-            names = ", ".join(owners)
-            raise UserError(f"a {type(model).__name__} holds several models with an image tower ({names}): give one")
-        (model,) = owners.values()
-    if any(type(each).__name__.startswith(("FullyShardedDataParallel", "FSDP")) for each in modules.values()):
-        raise UserError("this model is sharded (FSDP): prune it before it is wrapped")
-    return model
+    return _tower(method, visual, schedule, cut)
 
 
 def _tower(method: Method, visual: Any, schedule: Schedule, cut: int) -> StandIn:
