@@ -122,15 +122,32 @@ def build(small_clip, name, dtype=torch.float32):
 def embed(visual, prefix, kept):
     """As `reference.embed`: the embedding of an image, (E,), without any gather: what has left is masked out of every
     attention and of the pooling, by the modules' own masks."""
+    _, x, stays = _masked(visual, prefix, kept)
+    return _parts(visual).head(x, stays)[0]
+
+
+def _masked(visual, prefix, kept):
+    """What the first block after the cut gives, and the last, (1, p + N, D), and which tokens there are, (p + N,)."""
     tokens, cut = prefix
     patches = adapt(visual).num_tokens
     p = len(tokens) - patches
     stays = torch.tensor([True] * p + [token in set(kept) for token in range(patches)])
     mask = torch.zeros(len(tokens), len(tokens), dtype=tokens.dtype).masked_fill(~stays, float("-inf"))
-    x, parts = tokens[None], _parts(visual)
+    x, parts, first = tokens[None], _parts(visual), None
     for block in parts.blocks[cut:]:
         x = block(x, attn_mask=mask, **parts.rope) if parts.rope is not None else block(x, mask[None, None])
-    return parts.head(x, stays)[0]
+        first = x if first is None else first
+    return first, x, stays
+
+
+def masked_tokens(visual, prefix, kept):
+    """Tokens of an image in the order of `kept`, (p + n, D), prefix tokens first: what a vision model of transformers
+    gives as its last hidden state, and what the first block after the cut gives."""
+    first, x, stays = _masked(visual, prefix, kept)
+    p = len(stays) - adapt(visual).num_tokens
+    places = [*range(p), *(token + p for token in kept)]
+    last = x if visual.family == "CLIPVisionModel" else adapt(visual).final_norm(x)
+    return last[0, places], first[0, places]
 
 
 def prefix(visual, image, cut):

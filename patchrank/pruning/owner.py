@@ -116,5 +116,5 @@ def owner_of(
     if image_size is None and grid is not None and tower.any_size:
         image_size = (grid[0] * tower.patch_size[0], grid[1] * tower.patch_size[1])
     if image_size is not None and not tower.any_size and image_size != tower.image_size:
-        raise UserError(f"image_size: this {type(vision).__name__} takes images of {tower.image_size} alone; leave it out")
+        raise UserError(f"image_size: this {tower.family} takes images of {tower.image_size} alone; leave it out")
     return TransformersOwner(model, vision, image_size)

@@ -214,7 +214,7 @@ def _own_state(module: nn.Module) -> dict[str, Any]:
 def count_multiply_adds(visual: nn.Module) -> int:
     """What PyTorch itself counts of an image that goes through an image tower, pruned or not, to check the formulas."""
     tower: Any = visual
-    adapter = adapt(getattr(tower, "original", tower))
+    adapter = tower.adapter if isinstance(tower, StandIn) else adapt(tower)
     images = torch.zeros(1, 3, *tower.image_size, dtype=adapter.dtype, device=adapter.device)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # which hides what it does from the counter, as fused attention does
