@@ -26,6 +26,11 @@ def linear_multiply_adds(module: nn.Module) -> int:
     return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
 
 
+def normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """A norm of tokens in its own dtype, which may be another: (C, n, D) likewise."""
+    return norm(x.to(next((each.dtype for each in norm.parameters()), x.dtype)))
+
+
 Before = Callable[[Tensor, int], Tensor]  # (C, n, D) and the number of the block that comes next -> (C, n, D)
 
 
@@ -223,7 +228,7 @@ class Adapter(ABC):
         return False
 
     def final_norm(self, x: Tensor) -> Tensor:
-        """The norm after all blocks, of all tokens: (C, n, D) likewise."""
+        """The norm after all blocks, of all tokens, in its own dtype: (C, n, D) likewise."""
         raise NotImplementedError
 
     def own_embeddings(self, images: Tensor) -> Tensor:

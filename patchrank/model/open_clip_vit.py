@@ -21,7 +21,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from patchrank.model import fidelity
-from patchrank.model.adapter import Adapter
+from patchrank.model.adapter import Adapter, normed
 from patchrank.model.attention import attend, attention_of, by_head, weighted_mean
 
 QUICK_GELU = 1.702  # QuickGELU(x) = x sigmoid(1.702 x)
@@ -138,7 +138,7 @@ class OpenClipViT(Adapter):
 
     def final_norm(self, x: Tensor) -> Tensor:
         """As `Adapter.final_norm`."""
-        return self.visual.ln_post(x)
+        return normed(self.visual.ln_post, x)
 
     def class_attention(self, x: Tensor, number: int, places: Tensor | None = None) -> Tensor:
         """As `Adapter.class_attention`."""

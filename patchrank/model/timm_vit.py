@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from patchrank.model import fidelity
-from patchrank.model.adapter import Adapter, linear_multiply_adds
+from patchrank.model.adapter import Adapter, linear_multiply_adds, normed
 from patchrank.model.attention import attend, attention_of, by_head, weighted_mean
 
 CLASS_TOKEN, MEAN, LEARNT_QUERY = "token", "avg", "map"  # as timm names them
@@ -158,7 +158,7 @@ class TimmViT(Adapter):
 
     def final_norm(self, x: Tensor) -> Tensor:
         """As `Adapter.final_norm`."""
-        return self.visual.trunk.norm(x)
+        return normed(self.visual.trunk.norm, x)
 
     def _project(
         self, attn: Any, x: Tensor, places: Tensor | None, class_token_only: bool = False

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from patchrank.model import fidelity
-from patchrank.model.adapter import Adapter, linear_multiply_adds
+from patchrank.model.adapter import Adapter, linear_multiply_adds, normed
 from patchrank.model.attention import attend, attention_of, by_head, weighted_mean
 from patchrank.model.open_clip_vit import fuse_quick_gelu
 from patchrank.model.transformers_tower import (
@@ -233,7 +233,7 @@ class TransformersViT(Adapter):
 
     def final_norm(self, x: Tensor) -> Tensor:
         """As `Adapter.final_norm`."""
-        return self._last_norm(x)
+        return normed(self._last_norm, x)
 
     def embed_multiply_adds(self) -> int:
         """As `Adapter.embed_multiply_adds`; SigLIP2 resizes its positions by a product of matrices."""

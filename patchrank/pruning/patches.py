@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from patchrank.errors import UserError
+from patchrank.tokens import nearest
 
 FILLS = ("zeros", "nearest")
 
@@ -38,14 +38,6 @@ def on_grid(features: Tensor, ids: Tensor, grid: tuple[int, int], fill: str = "z
         empty = features.new_zeros(ids.shape[0], rows * columns, width)
         whole = empty.scatter(1, ids[..., None].expand(-1, -1, width), features)  # (B, N, D)
     else:
-        order = ids.argsort(dim=1)  # (B, n), so that the first of several is the lowest id
-        there = ids.gather(1, order)
-        wanted = torch.arange(rows * columns, device=ids.device)
-        down = (there // columns)[:, None] - (wanted // columns)[None, :, None]  # (B, N, n)
-        across = (there % columns)[:, None] - (wanted % columns)[None, :, None]
-        # By a distance that no two share: ties are for the first in the order, which argmin alone does not promise.
-        rank = torch.arange(ids.shape[1], device=ids.device)
-        closest = ((down**2 + across**2) * ids.shape[1] + rank).argmin(dim=2)  # (B, N)
-        source = order.gather(1, closest)
+        source = nearest(ids, grid)
         whole = features.gather(1, source[..., None].expand(-1, -1, width))  # (B, N, D)
     return whole.transpose(1, 2).unflatten(2, (rows, columns))
