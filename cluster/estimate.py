@@ -17,8 +17,8 @@ from patchrank.errors import UserError
 from patchrank.model import loading
 from patchrank.model.class_source import FoundClasses
 from patchrank.model.tower import Tower
-from patchrank.search.objective import SCORES
 from patchrank.search.estimate import bytes_per_image, multiply_adds
+from patchrank.search.objective import SCORES
 from patchrank.search.searcher import Searcher
 from patchrank.store import storage
 from patchrank.store.folder import Folder

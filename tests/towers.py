@@ -122,11 +122,11 @@ def build(small_clip, name, dtype=torch.float32):
 def embed(visual, prefix, kept):
     """As `reference.embed`: the embedding of an image, (E,), without any gather: what has left is masked out of every
     attention and of the pooling, by the modules' own masks."""
-    _, x, stays = _masked(visual, prefix, kept)
+    _, x, stays = masked(visual, prefix, kept)
     return _parts(visual).head(x, stays)[0]
 
 
-def _masked(visual, prefix, kept):
+def masked(visual, prefix, kept):
     """What the first block after the cut gives, and the last, (1, p + N, D), and which tokens there are, (p + N,)."""
     tokens, cut = prefix
     patches = adapt(visual).num_tokens
@@ -143,7 +143,7 @@ def _masked(visual, prefix, kept):
 def masked_tokens(visual, prefix, kept):
     """Tokens of an image in the order of `kept`, (p + n, D), prefix tokens first: what a vision model of transformers
     gives as its last hidden state, and what the first block after the cut gives."""
-    first, x, stays = _masked(visual, prefix, kept)
+    first, x, stays = masked(visual, prefix, kept)
     p = len(stays) - adapt(visual).num_tokens
     places = [*range(p), *(token + p for token in kept)]
     last = x if visual.family == "CLIPVisionModel" else adapt(visual).final_norm(x)
@@ -194,7 +194,7 @@ def _parts(visual):
 
 
 def _transformers_parts(visual):
-    vision, siglip = visual.vision, hasattr(visual.vision, "post_layernorm") and not hasattr(visual.vision, "pre_layrnorm")
+    vision, siglip = visual.vision, visual.family.startswith("Siglip")
     norm = getattr(vision, "post_layernorm", None) or vision.layernorm
 
     def embed(images):

@@ -46,9 +46,7 @@ def tokenizer():
 
 def processor(size=20):
     """CLIP's, for images of so many pixels."""
-    images = transformers.CLIPImageProcessor(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-    )
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     return transformers.CLIPProcessor(image_processor=images, tokenizer=tokenizer())
 
 

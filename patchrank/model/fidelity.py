@@ -43,7 +43,7 @@ def refusal(module: nn.Module, where: str, known: Collection[type] | None = None
 
 
 def _foreign(hook: object) -> bool:
-    """Whether a hook is not one by which transformers keeps what `output_hidden_states` asks for, as we do ourselves."""
+    """Whether a hook is none of those by which transformers keeps hidden states, which we keep ourselves."""
     return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 

@@ -19,7 +19,7 @@ THIN = 16  # times the pixels that the model sees, from which on an image is not
 
 
 class Preprocess:
-    """PIL image -> (3, H, W) float32; what open_clip does at inference, or what an image processor of transformers does.
+    """PIL image -> (3, H, W) float32; what open_clip does at inference, or an image processor of transformers.
 
     open_clip resizes an image so that its shorter side is that of the model, and cuts out the middle. Of a thin image,
     one pixel high and thousands wide, that makes gigabytes of which next to nothing is kept; of such, only the middle

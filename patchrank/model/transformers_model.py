@@ -90,8 +90,8 @@ def load(name: str) -> TransformersModel:
     loaded = TransformersModel(model.eval().requires_grad_(False), visual)
     made = tuple(Preprocess(visual.preprocess_cfg).of_blank().shape[1:])
     if made != visual.image_size:
-        sizes = (f"{height} x {width}" for height, width in (made, visual.image_size))
-        raise UserError("--model {}: its processor makes images of {}, and its image tower takes {}".format(name, *sizes))
+        ours, theirs = (f"{height} x {width}" for height, width in (visual.image_size, made))
+        raise UserError(f"--model {name}: its processor makes images of {theirs}, and its image tower takes {ours}")
     return loaded
 
 

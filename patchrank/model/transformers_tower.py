@@ -145,10 +145,7 @@ class ImageTower(nn.Module):
 
     def embeddings(self, images: Tensor) -> Tensor:
         """By the vision model's own forward pass: (B, 3, H, W) -> (B, E), not normalised."""
-        given = self.inputs(images)
-        if self.family == SIGLIP2:
-            given["pixel_attention_mask"] = torch.ones(given["pixel_values"].shape[:2], device=images.device).long()
-        found = self.vision(**given, return_dict=True)
+        found = self._own(images)
         if self.family == VIT:  # whose pooler, where there is one, comes after the class token
             pooled = found.last_hidden_state[:, 0]
         elif self.pool == MEAN:
@@ -159,7 +156,14 @@ class ImageTower(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         """(B, 3, H, W) -> (B, E); with `own_output` what the vision model gives."""
-        return self.vision(**self.inputs(images)) if self.own_output else self.embeddings(images)
+        return self._own(images) if self.own_output else self.embeddings(images)
+
+    def _own(self, images: Tensor) -> Any:
+        """What the vision model gives."""
+        given = self.inputs(images)
+        if self.family == SIGLIP2:
+            given["pixel_attention_mask"] = torch.ones(given["pixel_values"].shape[:2], device=images.device).long()
+        return self.vision(**given, return_dict=True)
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -32,7 +32,7 @@ _BESIDE = ("vision.embeddings.mask_token", "vision.pooler.")
 
 
 class TransformersViT(Adapter):
-    """An `ImageTower` around a vision model. Attention is computed by its modules' outputs, whichever way it asks for."""
+    """An `ImageTower` around a vision model. Projections are called, as peft tunes them; attention is computed."""
 
     module = ImageTower
 

@@ -1,7 +1,8 @@
 """Pruned vision models of transformers: the same objects, of a class with another forward pass.
 
 The vision model keeps its modules, weights, configuration and place, so whatever else is asked of it is answered as
-before: its state dict, the number of its parameters, copies, devices. What tells tokens goes with it, beside its weights.
+before: its state dict, the number of its parameters, copies, devices. What tells tokens goes with it, and is no weight
+of it.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Pruned(nn.Module):
     def _refuse(self, pixel_values: Tensor | None, given: dict[str, Any]) -> None:
         """Raises UserError for what makes other tokens, or asks for what is never computed."""
         if getattr(self, "_is_replica", False):
-            raise UserError("a pruned model of transformers cannot be split by DataParallel; use DistributedDataParallel")
+            raise UserError("DataParallel cannot split a pruned model of transformers; use DistributedDataParallel")
         if self._setting("output_attentions", given):
             raise UserError(f"output_attentions: a pruned model keeps no attention maps; {_RESTORE}")
         for name in _OTHER_IMAGES:
@@ -159,8 +160,8 @@ def _refuse_to_save(model: nn.Module, *_: Any, **__: Any) -> None:
         type(model).save_pretrained(model, *_, **__)  # type: ignore[operator, attr-defined]
         return
     raise UserError(
-        "save_pretrained: this model is pruned, and transformers would load it unpruned; save the bundle, and prune after "
-        "loading; or call patchrank.restore(model) to save the unpruned one"
+        "save_pretrained: this model is pruned, and transformers would load it unpruned; save the bundle, and prune "
+        "after loading; or call patchrank.restore(model) to save the unpruned one"
     )
 
 

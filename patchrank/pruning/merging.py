@@ -8,7 +8,6 @@ patch ("proportional attention").
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 import torch.nn.functional as F

@@ -82,9 +82,7 @@ class TransformersOwner(Owner):
             in_transformers.prune(self.model, self.vision, self.before)
 
 
-def owner_of(
-    model: Any, grid: tuple[int, int] | None = None, image_size: tuple[int, int] | None = None
-) -> Owner:
+def owner_of(model: Any, grid: tuple[int, int] | None = None, image_size: tuple[int, int] | None = None) -> Owner:
     """The owner of a model's image tower: the model itself, or the one that a wrapper holds.
 
     Args:

@@ -56,9 +56,9 @@ def prune(
     """Make a CLIP drop patch tokens whenever it encodes an image; the model is changed in place.
 
     Args:
-        model: from `open_clip.create_model` or the like, a CLIP, SigLIP, SigLIP2, DINOv2 or ViT of transformers, or what
-            holds one (DDP, `torch.compile`, peft where attention is not tuned); one that is pruned already is restored
-            first.
+        model: from `open_clip.create_model` or the like, a CLIP, SigLIP, SigLIP2, DINOv2 or ViT of transformers, or
+            what holds one (DDP, `torch.compile`, peft where attention is not tuned); one that is pruned already is
+            restored first.
         how: a bundle, the folder of one or its id on the Hugging Face hub: what a training left (`patchrank.Bundle`).
             Or, to compare with: "class-attention", "random", "token-merging" (then tokens are merged, at as many
             multiply-adds), or `patchrank.Golden` for images whose rankings are known.

@@ -143,7 +143,7 @@ class StandIn(nn.Module):
         maps, ids, prefix = [], [], []
         for tokens, there in trace.taken.values():
             if there is None:
-                raise UserError("merged tokens have no place in the image, so there are no intermediates of its patches")
+                raise UserError("merged tokens have no place in the image: there are no intermediates of its patches")
             tokens = adapter.final_norm(tokens) if normalize_intermediates else tokens
             prefix.append(tokens[:, : adapter.prefix_tokens])
             patches = tokens[:, adapter.prefix_tokens :]

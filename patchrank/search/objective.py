@@ -95,8 +95,8 @@ def _minus_others(likely: Tensor, label: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Score:
-    """A score: the function behind `Objective.score_minus_one`, whether it needs classes and labels, and whether it is of
-    the patches' features instead of the image's embedding."""
+    """A score: the function behind `Objective.score_minus_one`, whether it needs classes and labels, and whether it is
+    of the patches' features instead of the image's embedding."""
 
     minus_one: Callable[[Objective, Tensor, Tensor], Tensor]
     classes: bool = False

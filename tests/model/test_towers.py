@@ -35,7 +35,8 @@ def images():
 
 def images_of(visual, dtype=torch.float64):
     """Two images of the size that a tower takes."""
-    return torch.randn(2, 3, *visual.image_size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, 3, *visual.image_size, dtype=torch.float64, generator=generator).to(dtype)
 
 
 def embeddings(model, images):

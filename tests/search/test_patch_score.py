@@ -30,7 +30,7 @@ def cosines(visual, prefix, kept):
     """(N,) cosines of the whole image's final patch features to those that stand for them, by masks."""
 
     def features(stay):
-        _, x, stays = towers._masked(visual, prefix, stay)
+        x = towers.masked(visual, prefix, stay)[1]
         return visual.ln_post(x)[0, -20:]  # (N, D)
 
     whole, found = features(range(20)), features(kept)
@@ -129,7 +129,7 @@ def test_intermediates_are_of_the_tokens_that_are_left(small_clip, name):
     assert list(early) == ["image_intermediates", "image_patch_ids"] and early["image_patch_ids"][0].shape == (2, 10)
     adapter = patchrank.model.kinds.adapt(visual)
     for row, image in enumerate(images):
-        _, x, stays = towers._masked(visual, towers.prefix(visual, image, 1), ids[row].tolist())
+        _, x, stays = towers.masked(visual, towers.prefix(visual, image, 1), ids[row].tolist())
         x = adapter.final_norm(x)[0]
         torch.testing.assert_close(found["image_intermediates"][1][row], x[len(stays) - 20 + ids[row]])
     if name != "eva-rope":
