@@ -203,6 +203,9 @@ def test_it_is_the_same_object_with_the_same_weights(images, tmp_path):
         assert not torch.equal(other.get_image_features(images).pooler_output, wanted)
         patchrank.restore(other)
         assert type(other.vision_model) is kind
+    about = bundle.model | {"name": "hf:org/clip"}
+    card = str(Bundle(about, asdict(bundle.predictor.config)).generate_model_card())
+    assert 'transformers.AutoModel.from_pretrained("org/clip")' in card and "open_clip" not in card.split("```")[1]
     low = copy.deepcopy(model).to(torch.bfloat16)
     found = low.get_image_features(images.bfloat16()).pooler_output
     assert found.dtype == torch.bfloat16 and torch.cosine_similarity(found.float(), wanted).min() > 0.95

@@ -349,9 +349,8 @@ def test_gradient_checkpointing_and_locking(small_clip, images, name):
     def gradients():
         model.zero_grad()
         model.encode_image(images).sum().backward()
-        return [
-            parameter.grad.clone() for parameter in model.visual.original.parameters() if parameter.grad is not None
-        ]
+        found = (parameter.grad for parameter in model.visual.original.parameters())
+        return [gradient.clone() for gradient in found if gradient is not None]
 
     wanted = gradients()
     assert not model.visual.adapter.recomputes
