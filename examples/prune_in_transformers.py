@@ -28,12 +28,17 @@ def main() -> int:
     parser.add_argument("--keep", type=float, default=0.6)
     args = parser.parse_args()
 
-    # 1. A pipeline as you load it anyway, and photos.
+    # 1. Photos, and a pipeline as you load it anyway.
+    photos = []
+    for path in args.photos:
+        try:
+            photos.append(Image.open(path).convert("RGB"))
+        except OSError as error:
+            raise UserError(f"{path}: {one_line(error)}") from None
     try:
         classify = transformers.pipeline("zero-shot-image-classification", model=args.model)
-        photos = [Image.open(photo).convert("RGB") for photo in args.photos]
-    except Exception as error:  # network, file and format errors alike
-        raise UserError(one_line(error)[:200]) from None
+    except Exception as error:  # transformers raises what its libraries raise: network, file and shape errors alike
+        raise UserError(f"--model {args.model}: {one_line(error)[:200]}") from None
     model = classify.model.eval()
     before = classify(photos, candidate_labels=args.labels)
 

@@ -21,12 +21,13 @@ TEXT = {
 }
 
 
-def clip(projection_dim=24, **vision):
+def clip(seed=0, projection_dim=24, **vision):
     """A CLIP with 5 x 5 patches, its layer norms and biases moved away from 1 and 0."""
     config = transformers.CLIPConfig(
         text_config=TEXT, vision_config={**VISION, "hidden_act": "quick_gelu", **vision}, projection_dim=projection_dim
     )
-    return moved(transformers.CLIPModel(config))
+    torch.manual_seed(seed)
+    return moved(transformers.CLIPModel(config), seed)
 
 
 def moved(model, seed=0):
@@ -52,7 +53,7 @@ def processor(size=20):
 
 def save_clip(folder, seed=0, **vision):
     """A folder as `save_pretrained` leaves it; returns its name for --model."""
-    model = moved(clip(**vision), seed)
+    model = clip(seed, **vision)
     model.save_pretrained(folder)
     processor().save_pretrained(folder)
     return f"hf:{folder}"

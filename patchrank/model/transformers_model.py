@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,8 +34,8 @@ class TransformersModel(nn.Module):
     def __init__(self, model: Any, visual: ImageTower) -> None:
         super().__init__()
         self.visual = visual
-        self.text = getattr(model, "text_model", None)
-        self.text_projection = getattr(model, "text_projection", None)
+        self.text: Any = getattr(model, "text_model", None)
+        self.text_projection: Any = getattr(model, "text_projection", None)
         self.logit_scale = getattr(model, "logit_scale", None)
 
     @property
@@ -69,14 +71,15 @@ def load(name: str) -> TransformersModel:
     transformers = library()
     path = path_of(name)
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
-        by_name = [each for each in config.architectures or () if each in _LOADED_BY_NAME]
-        kind = getattr(transformers, by_name[0]) if by_name else transformers.AutoModel
-        # Pickled weights could run anything.
-        model, found = kind.from_pretrained(
-            path, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
-        )
-        processor = transformers.AutoImageProcessor.from_pretrained(path)
+        with _quiet(transformers):
+            config = transformers.AutoConfig.from_pretrained(path)
+            by_name = [each for each in config.architectures or () if each in _LOADED_BY_NAME]
+            kind = getattr(transformers, by_name[0]) if by_name else transformers.AutoModel
+            # Pickled weights could run anything.
+            model, found = kind.from_pretrained(
+                path, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+            )
+            processor = transformers.AutoImageProcessor.from_pretrained(path)
     except Exception as error:  # transformers raises what its libraries raise: network, file and shape errors alike
         raise UserError(f"--model {name}: {one_line(error)[:200]}") from None
     missing = sorted(key for key in found["missing_keys"] if not key.startswith(_UNREAD))
@@ -93,6 +96,22 @@ def load(name: str) -> TransformersModel:
         ours, theirs = (f"{height} x {width}" for height, width in (visual.image_size, made))
         raise UserError(f"--model {name}: its processor makes images of {theirs}, and its image tower takes {ours}")
     return loaded
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Its own view of what was loaded is told as an error, where it matters; bars are for terminals."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if bars and not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def tokenizer(name: str, length: int) -> Callable[[list[str]], Tensor]:

@@ -176,4 +176,4 @@ def library() -> Any:
     try:
         return importlib.import_module("transformers")
     except ImportError as error:
-        raise UserError(f"transformers cannot be imported ({error}): pip install 'transformers>=5'") from None
+        raise UserError(f"transformers cannot be imported ({error}): pip install 'transformers>=5.24'") from None

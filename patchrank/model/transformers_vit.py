@@ -59,6 +59,8 @@ class TransformersViT(Adapter):
         kind = visual.config._attn_implementation
         if kind not in _ATTENTION:
             return f"its attention is computed by {kind!r}; load it with attn_implementation='sdpa' or 'eager'"
+        if not hasattr(visual.vision, FAMILIES[visual.family].blocks.split(".")[0]):
+            return "its vision model is not built as transformers 5.24 builds it; install that or a later one"
         if any(size % patch for size, patch in zip(visual.image_size, visual.patch_size, strict=True)):
             return "its images are no whole number of patches high and wide"
         return next(filter(None, _replaced(visual)), None)
@@ -130,7 +132,11 @@ class TransformersViT(Adapter):
         """As `Adapter.embed`; of SigLIP2 also the patches that its own processor makes, (C, N, 3 P P)."""
         visual, vision = self.visual, self.visual.vision
         if visual.family == SIGLIP2:
-            return vision.embeddings(**visual.inputs(images))
+            if not self._stored_positions:
+                return vision.embeddings(**visual.inputs(images))
+            # Which it would resize to what they are, by a product of matrices and a check that ONNX does not know.
+            patches = vision.embeddings.patch_embedding(visual.inputs(images)["pixel_values"].to(self.dtype))
+            return patches + vision.embeddings.position_embedding.weight.float().to(patches.dtype)
         x = vision.embeddings(images)
         return vision.pre_layrnorm(x) if visual.family == CLIP else x
 
@@ -236,11 +242,23 @@ class TransformersViT(Adapter):
         return normed(self._last_norm, x)
 
     def embed_multiply_adds(self) -> int:
-        """As `Adapter.embed_multiply_adds`; SigLIP2 resizes its positions by a product of matrices."""
-        embeddings, family = self.visual.vision.embeddings, self.visual.family
+        """As `Adapter.embed_multiply_adds`."""
+        embeddings = self.visual.vision.embeddings
         patches = embeddings.patch_embedding if hasattr(embeddings, "patch_embedding") else embeddings.patch_embeddings
-        resized = self.num_tokens * embeddings.position_embedding.weight.numel() if family == SIGLIP2 else 0
+        resized = 0 if self._stored_positions else self._resizing_multiply_adds()
         return sum(each.weight.numel() for each in _linear(patches, nn.Conv2d)) * self.num_tokens + resized
+
+    @property
+    def _stored_positions(self) -> bool:
+        """Whether SigLIP2's positions are those of this very grid."""
+        side = getattr(self.visual.vision.embeddings, "position_embedding_size", 0)
+        return self.grid == (side, side)
+
+    def _resizing_multiply_adds(self) -> int:
+        """Of SigLIP2's positions, which it resizes by a product of matrices, whatever the grid."""
+        if self.visual.family != SIGLIP2:
+            return 0
+        return self.num_tokens * self.visual.vision.embeddings.position_embedding.weight.numel()
 
     def block_multiply_adds(self, n: int, last: bool = False) -> int:
         """As `Adapter.block_multiply_adds`."""
@@ -272,8 +290,9 @@ class TransformersViT(Adapter):
         return self._pooling_multiply_adds(n) + self._pooler_multiply_adds()
 
     def full_multiply_adds(self) -> int:
-        """As `Adapter.full_multiply_adds`: with ViT's pooler, which no embedding needs."""
-        return super().full_multiply_adds() + (0 if self.visual.own_output else self._pooler_multiply_adds())
+        """As `Adapter.full_multiply_adds`: with ViT's pooler, which no embedding needs, and with resized positions."""
+        pooler = 0 if self.visual.own_output else self._pooler_multiply_adds()
+        return super().full_multiply_adds() + pooler + (self._resizing_multiply_adds() if self._stored_positions else 0)
 
     def _pooler_multiply_adds(self) -> int:
         pooler = getattr(self.visual.vision, "pooler", None)

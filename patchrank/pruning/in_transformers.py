@@ -122,8 +122,9 @@ def prune(model: nn.Module, vision: Any, tower: StandIn) -> None:
     Args:
         model: that is or holds the vision model.
     """
+    kind: Any = type(vision)
     vision.__dict__["pruned_tower"] = tower
-    vision.__class__ = _pruned_class(type(vision))
+    vision.__class__ = _pruned_class(kind)
     for each in _savers(model, vision):
         each.__dict__["save_pretrained"] = partial(_refuse_to_save, each)
 
@@ -157,7 +158,7 @@ def _refuse_to_save(model: nn.Module, *_: Any, **__: Any) -> None:
     Where the vision model was restored by itself, it is saved.
     """
     if not any(isinstance(each, Pruned) for each in model.modules()):
-        type(model).save_pretrained(model, *_, **__)  # type: ignore[operator, attr-defined]
+        type(model).save_pretrained(model, *_, **__)  # type: ignore[attr-defined]
         return
     raise UserError(
         "save_pretrained: this model is pruned, and transformers would load it unpruned; save the bundle, and prune "
@@ -171,7 +172,7 @@ def _parts(tower: StandIn) -> list[nn.Module]:
 
 
 @cache
-def _pruned_class(base: type) -> type:
+def _pruned_class(base: Any) -> Any:
     return type(f"Pruned{base.__name__}", (Pruned, base), {"base": base, "__module__": base.__module__})
 
 

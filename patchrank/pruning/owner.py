@@ -53,7 +53,7 @@ class TransformersOwner(Owner):
         self.vision = vision
         holders = (each for each in model.modules() if each._modules.get("vision_model") is vision)
         projections = (getattr(holder, "visual_projection", None) for holder in holders)
-        projection = next((each for each in projections if isinstance(each, nn.Module)), None)
+        projection = next((each for each in projections if isinstance(each, nn.Linear)), None)
         self.before = in_transformers.tower_of(vision)
         self._visual = ImageTower(vision, projection, image_size)
         self._visual.own_output = True

@@ -54,6 +54,7 @@ class StandIn(nn.Module):
     """
 
     patch_ids: Tensor | None
+    original: Any
 
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
@@ -167,7 +168,7 @@ class StandIn(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """As of the original tower, by the names of the parameters here."""
-        names = getattr(self.original, "no_weight_decay", set)()
+        names: set[str] = getattr(self.original, "no_weight_decay", set)()
         return {f"original.{name}" for name in names}
 
     def multiply_adds(self) -> int:

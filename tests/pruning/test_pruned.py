@@ -359,5 +359,8 @@ def test_gradient_checkpointing_and_locking(small_clip, images, name):
     for found, expected in zip(gradients(), wanted, strict=True):
         torch.testing.assert_close(found, expected)
     model.lock_image_tower()
-    assert not any(parameter.requires_grad for parameter in model.visual.original.parameters())
+    locked = copy.deepcopy(model.visual.original).requires_grad_(True)
+    locked.lock()
+    found, wanted = ([each.requires_grad for each in tower.parameters()] for tower in (model.visual.original, locked))
+    assert found == wanted and not all(found)
     assert model.no_weight_decay() <= {"logit_scale", *dict(model.named_parameters())}
