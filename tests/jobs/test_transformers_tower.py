@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pytest
 import transformers_models
 import webdataset as wds
 from PIL import Image
 
 from jobs import evaluate as evaluate_job
 from jobs import search
+from patchrank.errors import UserError
+from patchrank.pruning.predictor import PredictorConfig
 from patchrank.report import evaluation, gallery
 from patchrank.store import rankings
 from patchrank.training.images import ImageSource, open_images
+from patchrank.training.tasks import PredictorTask
 
 pytest_plugins = ["shared_ray"]
 
@@ -42,3 +46,8 @@ def test_from_a_search_to_an_evaluation(address, tmp_path, capsys):
     assert gallery.cropping(evaluation.read(out))(Image.new("RGB", (30, 40))).shape == (20, 20, 3)
     images, _ = open_images(ImageSource(rankings=str(tmp_path / "label"), shards=[shard], test=[]))
     assert images.tower.grid == (5, 5)
+    images, _ = open_images(ImageSource(rankings=str(tmp_path / "patches"), shards=[shard], test=[]))
+    shape = PredictorConfig.of(images.tower)
+    with pytest.raises(UserError, match=r"keep the features of patches.*--golden 1"):
+        PredictorTask(images, config=shape)
+    assert PredictorTask(images, config=shape, golden=1.0).target == "rank"
