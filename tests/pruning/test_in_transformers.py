@@ -254,6 +254,28 @@ def test_gradient_checkpointing_and_training(images):
     torch.testing.assert_close(gradient(), wanted)
 
 
+class Tuned(torch.nn.Module):
+    """What peft puts in the place of a projection: its weights are not all that it computes."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.out_features = linear, linear.out_features
+
+    def forward(self, x):
+        return 1.5 * self.linear(x)
+
+
+def test_tuned_projections_are_computed_as_they_are(images):
+    vision, image = towers.vision_model("hf-clip").double(), images[:1].double()
+    for block in vision.encoder.layers:
+        block.self_attn.q_proj, block.mlp.fc1 = Tuned(block.self_attn.q_proj), Tuned(block.mlp.fc1)
+    patchrank.prune(vision, "class-attention", keep=0.5)
+    found = vision(image)
+    visual = tower_of(patchrank.restore(vision))
+    tokens, _ = towers.masked_tokens(visual, towers.prefix(visual, image[0], 1), found.patch_ids[0].tolist())
+    torch.testing.assert_close(found.last_hidden_state[0], tokens, rtol=0, atol=1e-10)
+
+
 def own_class(model):
     class Layer(type(model.vision_model.encoder.layers[2])):
         pass
