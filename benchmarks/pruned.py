@@ -3,6 +3,7 @@
     python benchmarks/pruned.py                                                  # ViT-B/16 at batch 1 and 64
     python benchmarks/pruned.py --models ViT-B-16 ViT-L-14 --batch-sizes 1 64 --compile       # for a GPU
     python benchmarks/pruned.py --processor-time         # on a machine that others use: of one core, and no waiting
+    python benchmarks/pruned.py --models hf:CLIPVisionModel --batch-sizes 1 8                 # transformers, with sdpa
 
 A line a way of pruning, keep rate and batch size: the median of the ratios of rounds in which all towers take turns,
 what the multiply-adds predict, and the share of that which was measured. "predictor" is the whole of what
@@ -33,6 +34,8 @@ from patchrank.model import loading
 from patchrank.model.adapter import Adapter
 from patchrank.model.kinds import adapt
 from patchrank.model.tower import default_cut
+from patchrank.model.transformers_model import PREFIX
+from patchrank.model.transformers_tower import CLIP, FAMILIES, ImageTower, library
 from patchrank.pruning.bundle import Bundle
 from patchrank.pruning.methods import ATTENTION, MERGING, PREDICTOR, UNPRUNED
 from patchrank.pruning.predictor import PredictorConfig
@@ -60,6 +63,30 @@ def processor_seconds(what: Callable[[], object], device: torch.device) -> float
     return time.process_time() - start
 
 
+def image_tower(name: str) -> Any:
+    """An image tower with random weights: of a name of open_clip, or hf: and the class of a vision model.
+
+    That is of the class's default configuration, but CLIP's for patches of 16; unpruned, the model of transformers
+    itself is timed, and pruned, what gives its outputs.
+
+    Raises:
+        UserError: there is no such one.
+    """
+    if not name.startswith(PREFIX):
+        config = open_clip.get_model_config(name)
+        if config is None:
+            raise UserError(f"--models {name}: open_clip does not know it")
+        return _build_vision_tower(config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False))
+    kind = name.removeprefix(PREFIX)
+    if kind not in FAMILIES:
+        raise UserError(f"--models {name}: must be {PREFIX} and one of {', '.join(FAMILIES)}")
+    model = getattr(library(), kind)
+    config = model.config_class(**({"patch_size": 16} if kind == CLIP else {}))
+    tower = ImageTower(model._from_config(config, attn_implementation="sdpa"))
+    tower.own_output = True
+    return tower
+
+
 def predictor_share(bundle: Bundle, tower: nn.Module, images: torch.Tensor, rounds: int, timed: Any) -> float:
     """The predictor's time as a share of the pruned tower's, both timed in turn; the median over rounds."""
     shape = bundle.predictor.config
@@ -75,7 +102,7 @@ def predictor_share(bundle: Bundle, tower: nn.Module, images: torch.Tensor, roun
 def main() -> int:
     """Parse, time, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["ViT-B-16"], help="open_clip names (%(default)s)")
+    parser.add_argument("--models", nargs="+", default=["ViT-B-16"], help="open_clip names, or hf:CLASS (%(default)s)")
     parser.add_argument("--keep-rates", type=float, nargs="+", default=[0.6, 0.5], help="(%(default)s)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64], help="(%(default)s)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (%(default)s)")
@@ -94,11 +121,7 @@ def main() -> int:
     print("model     batch  keep  method            ms/batch  speed-up  predicted  share")
     logging.disable(logging.WARNING)  # open_clip warns of random weights
     for name in args.models:
-        config = open_clip.get_model_config(name)
-        if config is None:
-            raise UserError(f"--models {name}: open_clip does not know it")
-        visual = _build_vision_tower(config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False))
-        visual = visual.eval().requires_grad_(False).to(device, dtype)
+        visual = image_tower(name).eval().requires_grad_(False).to(device, dtype)
         adapter = adapt(visual, name)
         cut = default_cut(adapter.depth)
         bundle = untrained(adapter, cut).to(device, dtype)

@@ -19,6 +19,7 @@ from patchrank.model import loading
 from patchrank.model.class_source import FoundClasses
 from patchrank.model.tower import Tower
 from patchrank.search.estimate import bytes_per_image, multiply_adds
+from patchrank.search.objective import SCORES
 from patchrank.search.searcher import Searcher
 from patchrank.store import storage
 from patchrank.store.folder import Folder
@@ -79,7 +80,8 @@ def estimate(job: SearchJob) -> Estimate:
         if found:  # classes apart, which would take time to make
             there = found["settings"] | {"classes": None}
             folder.check_same(there, settings(job, model, tower, FoundClasses()))
-        config = replace(job.config, score="preservation")
+        # Class embeddings would take time to make.
+        config = job.config if SCORES[job.config.score].patches else replace(job.config, score="preservation")
         searcher = Searcher(tower, config, keep_rates=job.keep_rates)
         actors = min(places.actors, len(todo))
         shared = Shared(ray.put(tower), ray.put(model.preprocess()), places, job.max_pixels)

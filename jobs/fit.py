@@ -24,6 +24,8 @@ from patchrank.errors import run, stoppable
 from patchrank.evaluation.neighbours import sentence
 from patchrank.evaluation.record import Record
 from patchrank.flags import flag
+from patchrank.model.transformers_model import PREFIX as HF
+from patchrank.model.transformers_model import path_of
 from patchrank.pruning.comparison import render
 
 
@@ -84,6 +86,12 @@ def lines(job: FitJob) -> str:
             "import patchrank\n"
             f'loaded = patchrank.models.load("{name}", "{file}")\n'
             f'model, preprocess = patchrank.prune(loaded.clip, "{job.out}", keep={job.keep:g}), loaded.preprocess()'
+        )
+    if name is not None and name.startswith(HF):
+        return (
+            "import patchrank, transformers\n"
+            f'model = transformers.AutoModel.from_pretrained("{path_of(name)}").eval()\n'
+            f'patchrank.prune(model, "{job.out}", keep={job.keep:g})'
         )
     model = f'"{name}"' + (f', pretrained="{job.model.pretrained}"' if job.model.pretrained else "")
     return (

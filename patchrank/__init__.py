@@ -9,16 +9,18 @@ if TYPE_CHECKING:
     from patchrank.model import loading as models
     from patchrank.pruning.bundle import Bundle
     from patchrank.pruning.golden import Golden
+    from patchrank.pruning.patches import on_grid
     from patchrank.pruning.pruned import prune, restore
     from patchrank.store import rankings
 
 __version__ = "0.2.0.dev0"
-__all__ = ["Bundle", "Golden", "models", "prune", "rankings", "restore"]
+__all__ = ["Bundle", "Golden", "models", "on_grid", "prune", "rankings", "restore"]
 
 _HOMES = {  # MODULE:NAME, or the module that a name stands for
     "Bundle": "patchrank.pruning.bundle:Bundle",
     "Golden": "patchrank.pruning.golden:Golden",
     "models": "patchrank.model.loading",
+    "on_grid": "patchrank.pruning.patches:on_grid",
     "prune": "patchrank.pruning.pruned:prune",
     "rankings": "patchrank.store.rankings",
     "restore": "patchrank.pruning.pruned:restore",

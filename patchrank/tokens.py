@@ -65,3 +65,25 @@ def kendall_tau(usefulness: Tensor, ranking: Tensor) -> Tensor:
     signs = (ordered[:, :, None] - ordered[:, None, :]).sign()  # (B, N, N)
     size = ranking.shape[1]
     return signs.triu(1).sum(dim=(1, 2)) / (size * (size - 1) / 2)
+
+
+def nearest(ids: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The place of the nearest patch that is left, for every patch of an image.
+
+    Args:
+        ids: (B, n) int64, the patches that are left, in any order.
+        grid: rows and columns of patches.
+
+    Returns:
+        (B, N) int64 in 0 .. n-1: by the distance between the middles of patches; of several, that with the lowest id.
+    """
+    import torch  # what else is here does without, and it takes seconds
+
+    rows, columns = grid
+    order = ids.argsort(dim=1)  # (B, n)
+    there, wanted = ids.gather(1, order), torch.arange(rows * columns, device=ids.device)
+    down = (there // columns)[:, None] - (wanted // columns)[None, :, None]  # (B, N, n)
+    across = (there % columns)[:, None] - (wanted % columns)[None, :, None]
+    # No two are equal so, and argmin does not promise the first of equals.
+    distance = (down**2 + across**2) * ids.shape[1] + torch.arange(ids.shape[1], device=ids.device)
+    return order.gather(1, distance.argmin(dim=2))

@@ -10,6 +10,13 @@ import math
 import torch
 
 
+def grid_of(visual):
+    """Rows and columns of patches, as each library names them."""
+    if hasattr(visual, "grid"):
+        return visual.grid
+    return (visual.trunk.patch_embed if hasattr(visual, "trunk") else visual).grid_size
+
+
 def embed(visual, prefix, kept):
     """The embedding of one image, (E,), from its tokens before the cut, (1 + N, D), when only `kept` go on."""
     tokens, cut = prefix
@@ -131,7 +138,7 @@ def by_effects(config, everything, blocks, embedding_of, score_of):
 @torch.no_grad()
 def search(visual, image, config, cut, classes=None, logit_scale=100.0, label=None, keep_rates=()):
     """One image's ranking, score and step by token id, and per keep rate (cosine, prediction, confidence)."""
-    rows, columns = (visual.trunk.patch_embed if hasattr(visual, "trunk") else visual).grid_size
+    rows, columns = grid_of(visual)
     everything = range(rows * columns)
     start = prefix(visual, image, cut)
     full = embed(visual, start, everything)

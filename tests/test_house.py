@@ -26,7 +26,8 @@ ORDER["cluster"] = ("patchrank",)
 ORDER["jobs"] = ("patchrank", "cluster")
 ORDER["benchmarks"] = ORDER["examples"] = ORDER["docs"] = ("patchrank", "cluster", "jobs")
 ORDER["tests"] = ("patchrank", "cluster", "jobs", "benchmarks", "docs")
-HEAVY = ("ray", "deepspeed", "duckdb", "matplotlib", "jinja2")  # seconds to import: only where and when they are used
+# Seconds to import: only where and when they are used.
+HEAVY = ("ray", "deepspeed", "duckdb", "matplotlib", "jinja2", "transformers")
 LINES = 400
 PARAMETERS = 8
 FILES = ("patchrank.pruning.bundle",)  # the parameters of `Bundle` are the keys of its config.json, whatever they are

@@ -122,9 +122,10 @@ class Model:
 
     @property
     def title(self) -> str:
-        """The name without the folders of a `local-dir:` path."""
+        """The name without the folders of a `local-dir:` or `hf:` path."""
         kind, _, path = self.name.partition(":")
-        return path.rstrip("/").rpartition("/")[2] or path if kind == "local-dir" else self.name
+        local = kind == "local-dir" or (kind == "hf" and path.count("/") != 1)
+        return path.rstrip("/").rpartition("/")[2] or path if local else self.name
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ that are there. Learnable tokens may stand before or behind the patches: attenti
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +24,11 @@ def embedding_of(output: Any) -> Tensor:
 def linear_multiply_adds(module: nn.Module) -> int:
     """Of a module's linear layers, for one token."""
     return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
+
+
+def normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """A norm of tokens in its own dtype, which may be another: (C, n, D) likewise."""
+    return norm(x.to(next((each.dtype for each in norm.parameters()), x.dtype)))
 
 
 Before = Callable[[Tensor, int], Tensor]  # (C, n, D) and the number of the block that comes next -> (C, n, D)
@@ -44,6 +49,8 @@ class Adapter(ABC):
         embed_dim: E, of an embedding.
         depth: the number of blocks.
         rotary: whether blocks ask for the place of a token (RoPE).
+        all_read: whether the last block gives all tokens, or those alone that `readout` reads. Who needs all of them
+            may set it.
         dtype: in which images are embedded and all blocks but some norms run.
         device: where the weights are.
     """
@@ -58,6 +65,7 @@ class Adapter(ABC):
     embed_dim: int
     depth: int
     rotary: bool = False
+    all_read: bool = True
 
     def __init__(self, visual: Any) -> None:
         self.visual = visual
@@ -104,6 +112,13 @@ class Adapter(ABC):
 
         Facts rather than the text that PyTorch prints of a module: that changes with its version, and in low precision.
         """
+
+    def content(self) -> tuple[Mapping[str, Tensor], str]:
+        """What tells the module from others: its weights by name, and `structure`.
+
+        The same for the same model, whichever library built it, where a kind can tell.
+        """
+        return self.visual.state_dict(), self.structure()
 
     @abstractmethod
     def prepare(self, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -214,6 +229,19 @@ class Adapter(ABC):
     def _block(self, x: Tensor, number: int, gates: Tensor | None, places: Tensor | None) -> Tensor:
         # Without a name the keys are free before the MLP.
         return self.mlp(self.attention(x, number, gates, places=places)[0], number)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the module was told to keep the input of a block alone for gradients (`set_grad_checkpointing`)."""
+        return False
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        """The norm after all blocks, of all tokens, in its own dtype: (C, n, D) likewise."""
+        raise NotImplementedError
+
+    def own_embeddings(self, images: Tensor) -> Tensor:
+        """What the module's own forward pass makes of whole images: (C, 3, H, W) -> (C, E)."""
+        return embedding_of(self.visual(images))
 
     def own_block(self, x: Tensor, number: int) -> Tensor:
         """What the module's own block makes of the tokens of a whole image, to compare with: (C, n, D) likewise."""

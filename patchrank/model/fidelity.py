@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from patchrank.errors import UserError
-from patchrank.model.adapter import Adapter, embedding_of
+from patchrank.model.adapter import Adapter
 
 # Of an embedding's length: what rounding leaves between two ways of computing it.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 5e-3}
@@ -39,9 +39,14 @@ def refusal(module: nn.Module, where: str, known: Collection[type] | None = None
         return f"{where} is a {kind.__module__}.{kind.__qualname__}{merge}"
     if "forward" in vars(module):
         return f"the forward pass of {where} was replaced by another"
-    if any(getattr(module, hooks) for hooks in _HOOKS):
+    if any(_foreign(hook) for hooks in _HOOKS for hook in getattr(module, hooks).values()):
         return f"{where} has a hook, which would never be called; remove it, or put it on a module inside"
     return None
+
+
+def _foreign(hook: object) -> bool:
+    """Whether a hook is none of those by which transformers keeps hidden states, which we keep ourselves."""
+    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 
 @torch.no_grad()
@@ -59,7 +64,7 @@ def check(adapter: Adapter, name: str = "this model") -> None:
     noise = torch.randn(1, 3, *visual.image_size, generator=torch.Generator().manual_seed(0))
     images = noise.to(adapter.device, adapter.dtype)
     with _evaluating(visual), torch.autocast(adapter.device.type, enabled=False):
-        own = embedding_of(visual(images))
+        own = adapter.own_embeddings(images)
         x = adapter.embed(images)
         if _same(adapter.readout(adapter.run(x)), own):
             return

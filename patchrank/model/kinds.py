@@ -9,8 +9,9 @@ from patchrank.model.adapter import Adapter
 from patchrank.model.open_clip_vit import OpenClipViT
 from patchrank.model.timm_eva import TimmEva
 from patchrank.model.timm_vit import TimmViT
+from patchrank.model.transformers_vit import TransformersViT
 
-KINDS: tuple[type[Adapter], ...] = (OpenClipViT, TimmViT, TimmEva)
+KINDS: tuple[type[Adapter], ...] = (OpenClipViT, TimmViT, TimmEva, TransformersViT)
 
 
 def adapt(visual: nn.Module, name: str = "this model") -> Adapter:

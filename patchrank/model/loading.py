@@ -1,4 +1,4 @@
-"""open_clip models by name: built-in with a tag or a file, hub, folder, or a file that holds the image tower alone."""
+"""Models by name: of open_clip, built-in with a tag or a file, hub, folder, or of transformers, hf:."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from patchrank import assets
 from patchrank.errors import UserError
 from patchrank.flags import flag
-from patchrank.model import checkpoint, fidelity
+from patchrank.model import checkpoint, fidelity, transformers_model
 from patchrank.model.kinds import adapt
 from patchrank.model.preprocessing import Preprocess
 from patchrank.store.storage import one_line
@@ -29,11 +29,12 @@ IMAGE_TOWER_LOGIT_SCALE = 100.0  # of a file without a text tower: the value at 
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded open_clip model.
+    """A loaded model.
 
     Attributes:
         name: as given by the user.
-        clip: the open_clip model in float32 on the CPU, in eval mode; without `has_text` its text tower is untrained.
+        clip: the model of open_clip, or a `TransformersModel`, in float32 on the CPU, in eval mode; without `has_text`
+            its text tower is untrained, or there is none.
         has_text: whether the text tower's weights were loaded.
         weights: digest of the image tower's weights and structure, 16 hex digits, which tells models apart.
         text_weights: the same of everything else, the text tower among it.
@@ -58,6 +59,8 @@ class Model:
 
     def tokenizer(self) -> Callable[[list[str]], Tensor]:
         """The model's tokenizer."""
+        if self.name.startswith(transformers_model.PREFIX):
+            return transformers_model.tokenizer(self.name, self.clip.context_length)
         return open_clip.get_tokenizer(self.name)
 
 
@@ -70,7 +73,10 @@ class ModelSource:
     """
 
     name: str | None = flag(
-        None, "open_clip name, hf-hub:ORG/REPO, local-dir:FOLDER or embedded", name="model", metavar="NAME"
+        None,
+        "open_clip name, hf-hub:ORG/REPO, local-dir:FOLDER or embedded; of transformers hf:ORG/REPO or hf:FOLDER",
+        name="model",
+        metavar="NAME",
     )
     pretrained: str | None = flag(
         None, "open_clip tag or weights file, which may hold the image tower alone", metavar="TAG"
@@ -90,16 +96,22 @@ class ModelSource:
 
 
 def load(name: str, pretrained: str | None = None) -> Model:
-    """Load an open_clip model whose image tower patchrank can cut.
+    """Load a model whose image tower patchrank can cut.
 
     Args:
-        name: a built-in name ("ViT-B-16"), "hf-hub:ORG/REPO" or "local-dir:FOLDER".
+        name: a built-in name of open_clip ("ViT-B-16"), "hf-hub:ORG/REPO" or "local-dir:FOLDER"; or a model of
+            transformers, "hf:ORG/REPO" or "hf:FOLDER".
         pretrained: for a built-in name, a tag of open_clip ("openai") or a weights file. The file may hold the whole
             model or the image tower alone, its keys with or without "visual.".
 
     Raises:
         UserError: unknown model or tag, a file that does not fit, or an image tower of another kind.
     """
+    if name.startswith(transformers_model.PREFIX):
+        if pretrained is not None:
+            raise UserError(f"--pretrained {pretrained}: --model {name} holds its weights; leave it out")
+        clip = transformers_model.load(name)
+        return _checked(name, None, clip, clip.text is not None)
     schema, _ = parse_model_name(name)
     if schema is None:
         config = open_clip.get_model_config(name.replace("/", "-"))
@@ -121,21 +133,27 @@ def load(name: str, pretrained: str | None = None) -> Model:
             )
         except Exception as error:  # open_clip raises what its libraries raise: network, file and shape errors alike
             raise UserError(f"--model {name} --pretrained {pretrained}: {_short(error)}") from None
-    adapter = adapt(clip.visual, name)
+    adapt(clip.visual, name)
     if image_tower:
         try:
             clip.visual.load_state_dict(image_tower)
         except RuntimeError as error:
             raise UserError(f"--pretrained {pretrained}: not the image tower of {name}: {_short(error)}") from None
+    return _checked(name, pretrained, clip, image_tower is None)
+
+
+def _checked(name: str, pretrained: str | None, clip: Any, has_text: bool) -> Model:
+    """A model that was loaded. Raises UserError where its image tower cannot be cut or its weights make no sense."""
+    adapter = adapt(clip.visual, name)
+    asked = f"--model {name}" if pretrained is None else f"--model {name} --pretrained {pretrained}"
     for key, value in clip.visual.state_dict().items():
         if not value.isfinite().all():
-            raise UserError(f"--model {name} --pretrained {pretrained}: its weights visual.{key} are not all finite")
+            raise UserError(f"{asked}: its weights visual.{key} are not all finite")
     clip.eval().requires_grad_(False)
     fidelity.check(adapter, name)
-    scale = IMAGE_TOWER_LOGIT_SCALE if image_tower else clip.logit_scale.exp().item()
-    weights = tower_digest(clip.visual)
+    scale = clip.logit_scale.exp().item() if has_text else IMAGE_TOWER_LOGIT_SCALE
     text = {key: value for key, value in clip.state_dict().items() if not key.startswith("visual.")}
-    return Model(name, clip, image_tower is None, weights, digest(text), scale)
+    return Model(name, clip, has_text, tower_digest(clip.visual), digest(text), scale)
 
 
 def tower_digest(visual: nn.Module, dtype: torch.dtype = torch.float32) -> str:
@@ -143,7 +161,8 @@ def tower_digest(visual: nn.Module, dtype: torch.dtype = torch.float32) -> str:
 
     A tower that is kept in a lower precision has the digest of the float32 one in that precision.
     """
-    return digest({key: value.to(dtype) for key, value in visual.state_dict().items()}, adapt(visual).structure())
+    weights, structure = adapt(visual).content()
+    return digest({key: value.to(dtype) for key, value in weights.items()}, structure)
 
 
 def open_clip_name(name: str, pretrained: str | None) -> str:

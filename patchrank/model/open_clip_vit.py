@@ -12,7 +12,6 @@ from open_clip.transformer import (
     AttentionalPooler,
     CustomResidualAttentionBlock,
     LayerNormFp32,
-    QuickGELU,
     ResidualAttentionBlock,
     Transformer,
     VisionTransformer,
@@ -22,7 +21,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from patchrank.model import fidelity
-from patchrank.model.adapter import Adapter
+from patchrank.model.adapter import Adapter, normed
 from patchrank.model.attention import attend, attention_of, by_head, weighted_mean
 
 QUICK_GELU = 1.702  # QuickGELU(x) = x sigmoid(1.702 x)
@@ -138,6 +137,15 @@ class OpenClipViT(Adapter):
         block = self.blocks[number]
         return x + block.ls_2(block.mlp(block.ln_2(x)))
 
+    @property
+    def recomputes(self) -> bool:
+        """As `Adapter.recomputes`."""
+        return self.visual.transformer.grad_checkpointing
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        """As `Adapter.final_norm`."""
+        return normed(self.visual.ln_post, x)
+
     def class_attention(self, x: Tensor, number: int, places: Tensor | None = None) -> Tensor:
         """As `Adapter.class_attention`."""
         visual, p = self.visual, self.prefix_tokens
@@ -244,21 +252,26 @@ def _attention_replaced(attn: Any, where: str, kinds: tuple[type, ...]) -> Itera
         yield fidelity.refusal(attn.out_proj, f"the output projection in {where}", known)
 
 
-def fuse_quick_gelu(mlp: Any) -> None:
+def fuse_quick_gelu(mlp: Any, first: str = "c_fc", second: str = "c_proj", activation: str = "gelu") -> None:
     """Make an MLP with QuickGELU, as OpenAI's weights have it, one with SiLU that computes the same.
 
     QuickGELU, x sigmoid(1.702 x), is three passes over the widest activation; SiLU, x sigmoid(x), is one. The factor
     goes into the weights before it and out of those after it, unless a norm stands between.
+
+    Args:
+        first, second, activation: the names of its parts.
     """
+    before, after, between = getattr(mlp, first), getattr(mlp, second), getattr(mlp, activation)
     norm = getattr(mlp, "ln", _IDENTITY)
-    known = {mlp.c_fc: nn.Linear, mlp.gelu: QuickGELU, norm: nn.Identity, mlp.c_proj: nn.Linear}
+    known: dict[Any, type] = {before: nn.Linear, between: type(between), norm: nn.Identity, after: nn.Linear}
     plain = all(fidelity.refusal(module, "", (kind,)) is None for module, kind in known.items())
-    if plain and not any(parametrize.is_parametrized(module) for module in known):
+    quick = type(between).__name__ in ("QuickGELU", "QuickGELUActivation")  # of either library
+    if plain and quick and not any(parametrize.is_parametrized(module) for module in known):
         with torch.no_grad():
-            mlp.c_fc.weight *= QUICK_GELU
-            mlp.c_fc.bias *= QUICK_GELU
-            mlp.c_proj.weight /= QUICK_GELU
-        mlp.gelu = nn.SiLU(inplace=True)
+            before.weight *= QUICK_GELU
+            before.bias *= QUICK_GELU
+            after.weight /= QUICK_GELU
+        setattr(mlp, activation, nn.SiLU(inplace=True))
 
 
 def _project(attn: Any, x: Tensor, class_token_only: bool = False) -> tuple[Tensor, Tensor, Tensor]:

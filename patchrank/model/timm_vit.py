@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from patchrank.model import fidelity
-from patchrank.model.adapter import Adapter, linear_multiply_adds
+from patchrank.model.adapter import Adapter, linear_multiply_adds, normed
 from patchrank.model.attention import attend, attention_of, by_head, weighted_mean
 
 CLASS_TOKEN, MEAN, LEARNT_QUERY = "token", "avg", "map"  # as timm names them
@@ -157,6 +157,15 @@ class TimmViT(Adapter):
         """As `Adapter.mlp`."""
         block = self.blocks[number]
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+    @property
+    def recomputes(self) -> bool:
+        """As `Adapter.recomputes`."""
+        return self.visual.trunk.grad_checkpointing
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        """As `Adapter.final_norm`."""
+        return normed(self.visual.trunk.norm, x)
 
     def _project(
         self, attn: Any, x: Tensor, places: Tensor | None, class_token_only: bool = False

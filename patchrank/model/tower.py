@@ -149,6 +149,30 @@ class Tower(nn.Module):
             (C, E) float32 (float64 for a float64 tower), not normalised, as `encode_image` gives them.
         """
         adapter = self.adapter
+        x, places = self._left(adapter, tokens, kept, image)
+        if gates is not None:
+            gates = F.pad(gates, (adapter.prefix_tokens, tokens.shape[1] - adapter.length), value=1.0)  # (C, p + n + b)
+        x = adapter.run(x, self.cut, None, gates, self.recompute, before, places)
+        return adapter.readout(x, gates)  # (C, E)
+
+    def patches(self, tokens: Tensor, kept: Tensor | None = None, image: Tensor | None = None) -> Tensor:
+        """Final features of the patches that go past the cut, after the last norm.
+
+        Args:
+            tokens, kept, image: as for `suffix`, without tokens behind the patches.
+
+        Returns:
+            (C, n, D), in the order of `kept`.
+        """
+        adapter = self.adapter
+        adapter.all_read = True
+        x, places = self._left(adapter, tokens, kept, image)
+        return adapter.final_norm(adapter.run(x, self.cut, places=places)[:, adapter.prefix_tokens :])
+
+    def _left(
+        self, adapter: Adapter, tokens: Tensor, kept: Tensor | None, image: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What goes past the cut, (C, p + n + b, D), and its places, as for `Adapter.run`; arguments as of `suffix`."""
         p, length = adapter.prefix_tokens, adapter.length
         if kept is None:
             x, places = tokens if image is None else tokens[image], None  # (C, p + N + b, D)
@@ -159,10 +183,7 @@ class Tower(nn.Module):
             positions = torch.cat([first, kept + p, extra], dim=1)  # (C, p + n + b)
             x = tokens[rows[:, None], positions]  # (C, p + n + b, D)
             places = adapter.in_order(tokens.shape[1], x.device)[0, positions] if adapter.rotary else None
-        if gates is not None:
-            gates = F.pad(gates, (p, tokens.shape[1] - length), value=1.0)  # (C, p + n + b)
-        x = adapter.run(x, self.cut, None, gates, self.recompute, before, places)
-        return adapter.readout(x, gates)  # (C, E)
+        return x, places
 
     def prefix_multiply_adds(self) -> int:
         """Exact multiply-adds of `prefix` for an image; norms and activations not counted."""

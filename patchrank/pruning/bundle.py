@@ -29,6 +29,8 @@ from patchrank.model.classes import CLASSES_FILE
 from patchrank.model.kinds import adapt
 from patchrank.model.loading import Model, dtype_name, open_clip_name, tower_digest
 from patchrank.model.tower import Tower
+from patchrank.model.transformers_model import PREFIX as HF
+from patchrank.model.transformers_model import path_of
 from patchrank.pruning import predictor, prompts
 from patchrank.pruning.predictor import Predictor, PredictorConfig
 from patchrank.pruning.prompts import TokensConfig, VisualTokens
@@ -47,11 +49,7 @@ A patchrank bundle: it makes the image tower of `{{ model }}` faster by dropping
 do not matter for an image, before block {{ cut }} of {{ blocks }}.
 
 ```python
-import open_clip, patchrank
-
-model, _, preprocess = open_clip.create_model_and_transforms({{ create }})
-patchrank.prune(model, "{{ source }}", keep={{ keep }})
-embeddings = model.encode_image(preprocess(image)[None])
+{{ use }}
 ```
 
 | | |
@@ -125,6 +123,12 @@ class Bundle(
     def cut(self) -> int:
         """The block before which tokens leave."""
         return self.model["cut"]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of the images that it is for."""
+        rows, columns = self.model["grid"]
+        return rows, columns
 
     @classmethod
     def from_training(cls, model: Model, predictor_folder: str, tokens_folder: str | None = None) -> Bundle:
@@ -240,7 +244,7 @@ class Bundle(
         values = {
             "title": f"{model['name']}, pruned",
             "model": model["name"],
-            "create": f'"{model["name"]}"' + (f', pretrained="{tag}"' if tag else ""),
+            "use": _use(model["name"], tag, "path/to/this/folder", self.keep),
             "pretrained": f" ({tag})" if tag else "",
             "weights": model["weights"]["float32"],
             "cut": model["cut"],
@@ -249,7 +253,6 @@ class Bundle(
             "tokens": tokens,
             "keep": f"{self.keep:g}",
             "search": self.search or "unknown",
-            "source": "path/to/this/folder",
             "figures": "\n\n".join([_table(self.figures), *index]),
         }
         return super().generate_model_card(*args, **values | kwargs)
@@ -271,10 +274,34 @@ class Bundle(
         storage.write_atomic(str(save_directory / SAFETENSORS_SINGLE_FILE), save(weights, {"format": "pt"}))
 
 
+def _use(name: str, tag: str | None, source: str, keep: float) -> str:
+    """The lines of Python that use a bundle."""
+    pruned = f'patchrank.prune(model, "{source}", keep={keep:g})'
+    if name.startswith(HF):
+        return "\n".join(
+            [
+                "import patchrank, transformers\n",
+                f'model = transformers.AutoModel.from_pretrained("{name.removeprefix(HF)}").eval()',
+                pruned,
+                'outputs = model(**processor(images=image, return_tensors="pt"))',
+            ]
+        )
+    model = f'"{name}"' + (f', pretrained="{tag}"' if tag else "")
+    return "\n".join(
+        [
+            "import open_clip, patchrank\n",
+            f"model, _, preprocess = open_clip.create_model_and_transforms({model})",
+            pruned,
+            "embeddings = model.encode_image(preprocess(image)[None])",
+        ]
+    )
+
+
 def _public(name: str) -> str:
-    """A model's name without the folders of a `local-dir:` path, which say where it lay on one machine."""
+    """A model's name without the folders of a path, which say where it lay on one machine."""
     kind, _, path = name.partition(":")
-    return f"{kind}:{os.path.basename(path.rstrip('/'))}" if kind == "local-dir" else name
+    local = kind == "local-dir" or (name.startswith(HF) and (os.path.isdir(path_of(name)) or path.count("/") != 1))
+    return f"{kind}:{os.path.basename(path.rstrip('/'))}" if local else name
 
 
 def _table(figures: Sequence[Mapping[str, Any]]) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from patchrank.pruning.methods import Method
 from patchrank.pruning.prompts import VisualTokens
 from patchrank.pruning.schedule import Schedule, multiply_adds
 from patchrank.pruning.selector import Attention, Selector
-from patchrank.pruning.stand_in import StandIn
+from patchrank.pruning.stand_in import StandIn, Trace
 
 
 class PrunedTower(StandIn):
@@ -50,40 +50,42 @@ class PrunedTower(StandIn):
         """As `StandIn.idle`."""
         return not self.schedule
 
-    def forward(self, images: Tensor) -> Any:
-        """Embeddings of pruned images, (B, 3, H, W) -> (B, E), as the original tower gives them: not normalised.
-
-        A tower with `output_tokens` gives the tokens that are left beside them.
-        """
-        if self.idle:
-            return self.original(images)
+    def trace(self, images: Tensor, taken: Collection[int] = (), stop: int | None = None) -> Trace:
+        """As `StandIn.trace`."""
         adapter = self.adapter
+        stop = adapter.depth if stop is None else stop
         x = adapter.embed(images)  # (B, p + N, D)
         if x.shape[1] != adapter.length:
-            raise ValueError("patch dropout is at work; call model.eval() before a pruned model is used")
-        first = adapter.prefix_tokens  # the place of the first patch: after these and learnable tokens
+            raise ValueError(
+                f"{x.shape[1]} tokens, not {adapter.length}: images of another size than it was pruned for, or patch "
+                "dropout is at work; call model.eval() before a pruned model is used"
+            )
+        adapter.all_read = adapter.all_read or adapter.depth in taken
+        p = first = adapter.prefix_tokens  # the place of the first patch: after these and learnable tokens
         if self.tokens is not None and self.tokens.config.place == "input":
             x, first = self._join(adapter, x)
-        ids = None  # of the patches that are left, (B, n), in their order, where blocks ask for places
+        ids = torch.arange(adapter.num_tokens, device=x.device).expand(x.shape[0], -1)  # (B, N), that are left
         attention: Attention = None  # in the block before
-        for number in range(adapter.depth):
+        found: dict[int, tuple[Tensor, Tensor | None]] = {}
+        for number in range(stop):
+            if number in taken:
+                found[number] = torch.cat([x[:, :p], x[:, first:]], dim=1) if first > p else x, ids
             kept = self.schedule.get(number)
             if kept is not None:
                 x, ids = self._drop(adapter, x, first, kept, attention, ids)
             if self.tokens is not None and self.tokens.config.place == "cut" and number == self.cut:
                 x, first = self._join(adapter, x)
-            places = self._places(adapter, x, first, ids)
+            places = self._places(adapter, first, ids) if adapter.rotary else None
             attention = partial(adapter.class_attention, x.detach(), number, places)
             shifting = self._shifting(adapter, x.shape[1] - first, number)
-            x = adapter.run(x, number, number + 1, before=shifting, places=places)
-        return adapter.output(x, learnable=first - adapter.prefix_tokens)
+            x = adapter.run(x, number, number + 1, recompute=adapter.recomputes, before=shifting, places=places)
+        if stop in taken:
+            found[stop] = torch.cat([x[:, :p], x[:, first:]], dim=1) if first > p else x, ids
+        return Trace(x, first - p, ids, None, found)
 
-    def _places(self, adapter: Adapter, x: Tensor, first: int, ids: Tensor | None) -> Tensor | None:
+    def _places(self, adapter: Adapter, first: int, ids: Tensor) -> Tensor:
         """As of `Adapter.run`, of (B, first + n, D) tokens: (B or 1, first + n)."""
-        if not adapter.rotary:
-            return None
-        if ids is None:
-            ids = torch.arange(adapter.num_tokens, device=x.device)[None]  # (1, N)
+        ids = ids[:1] if ids.shape[1] == adapter.num_tokens else ids  # the same for all images
         return F.pad(ids, (first, 0), value=adapter.num_tokens)
 
     def _shifting(self, adapter: Adapter, patches: int, number: int) -> Before | None:
@@ -110,27 +112,25 @@ class PrunedTower(StandIn):
         first: int,
         kept: int,
         attention: Attention,
-        ids: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+        ids: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """The tokens that go on, the most useful patch first: (B, first + n, D) -> (B, first + kept, D), and their ids.
 
         Args:
             attention: as for a selector.
-            ids: (B, n) of the patches that are there; all of them, in order, where None.
+            ids: (B, n) of the patches that are there.
         """
         selector = self.selector
         assert selector is not None
         if x.shape[1] - first < adapter.num_tokens and not selector.tells_anew:
-            return x[:, : first + kept], None if ids is None else ids[:, :kept]  # they are in order already
+            return x[:, : first + kept], ids[:, :kept]  # they are in order already
         there, p = x.shape[1] - first, adapter.prefix_tokens
         tokens = torch.cat([x[:, :p], x[:, first:]], dim=1) if first > p else x  # (B, p + n, D)
         usefulness = selector(tokens.detach(), there, attention)  # (B, n)
         places = first + usefulness.topk(kept, dim=1).indices  # (B, kept), best first; ONNX has no stable sort
         # Whole rows: a gather goes number by number, and takes ten times as long on a CPU.
         chosen = x[torch.arange(x.shape[0], device=x.device)[:, None], places]  # (B, kept, D)
-        if adapter.rotary:
-            ids = places - first if ids is None else ids.gather(1, places - first)  # (B, kept)
-        return torch.cat([x[:, :first], chosen], dim=1), ids
+        return torch.cat([x[:, :first], chosen], dim=1), ids.gather(1, places - first)
 
     def multiply_adds(self) -> int:
         """As `StandIn.multiply_adds`."""

@@ -7,7 +7,7 @@ patch ("proportional attention").
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from patchrank.errors import UserError
 from patchrank.model.adapter import Adapter
 from patchrank.model.kinds import adapt
 from patchrank.pruning.methods import MERGING, Method, Need
-from patchrank.pruning.stand_in import StandIn
+from patchrank.pruning.stand_in import StandIn, Trace
 
 
 class MergedTower(StandIn):
@@ -37,16 +37,18 @@ class MergedTower(StandIn):
         """As `StandIn.idle`."""
         return not any(self.merges)
 
-    def forward(self, images: Tensor) -> Any:
-        """Embeddings, (B, 3, H, W) -> (B, E), as the original tower gives them: not normalised."""
-        if self.idle:
-            return self.original(images)
+    def trace(self, images: Tensor, taken: Collection[int] = (), stop: int | None = None) -> Trace:
+        """As `StandIn.trace`; merged tokens have no ids."""
         adapter = self.adapter
+        adapter.all_read = adapter.all_read or adapter.depth in taken
         x = adapter.embed(images)  # (B, p + N, D)
         sizes = x.new_ones(x.shape[:2], dtype=torch.float32)  # (B, p + N)
-        for number, merges in enumerate([*self.merges, 0]):
+        found: dict[int, tuple[Tensor, Tensor | None]] = {0: (x, None)} if 0 in taken else {}
+        for number, merges in enumerate([*self.merges, 0][:stop]):
             x, sizes = merge_block(adapter, number, x, sizes, merges)
-        return adapter.output(x, sizes)
+            if number + 1 in taken:
+                found[number + 1] = x, None
+        return Trace(x, 0, None, sizes, found)
 
     def multiply_adds(self) -> int:
         """As `StandIn.multiply_adds`."""

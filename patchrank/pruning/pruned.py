@@ -28,6 +28,7 @@ from patchrank.model.tower import default_cut
 from patchrank.pruning.bundle import Bundle
 from patchrank.pruning.dropping import PrunedTower
 from patchrank.pruning.methods import METHODS, RANDOM, TOKENS, Method, Need, by_name_alone
+from patchrank.pruning.owner import owner_of
 from patchrank.pruning.schedule import (
     Schedule,
     at_keep_rate,
@@ -51,12 +52,14 @@ def prune(
     *,
     multiply_adds: float | None = None,
     blocks: Sequence[int] | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> nn.Module:
-    """Make an open_clip model drop patch tokens whenever it encodes an image; the model is changed in place.
+    """Make a CLIP drop patch tokens whenever it encodes an image; the model is changed in place.
 
     Args:
-        model: from `open_clip.create_model` or the like, or a wrapper that holds one (DDP, `torch.compile`, peft where
-            attention is not tuned); one that is pruned already is restored first.
+        model: from `open_clip.create_model` or the like, a CLIP, SigLIP, SigLIP2, DINOv2 or ViT of transformers, or
+            what holds one (DDP, `torch.compile`, peft where attention is not tuned); one that is pruned already is
+            restored first.
         how: a bundle, the folder of one or its id on the Hugging Face hub: what a training left (`patchrank.Bundle`).
             Or, to compare with: "class-attention", "random", "token-merging" (then tokens are merged, at as many
             multiply-adds), or `patchrank.Golden` for images whose rankings are known.
@@ -66,6 +69,8 @@ def prune(
         multiply_adds: instead of `keep`, how much of the unpruned model's multiply-adds may be used, in 0 .. 1.
         blocks: the blocks before which tokens leave, in equal parts, where `keep` is one number; one block, the
             bundle's cut or a quarter of the depth, where None.
+        image_size: H and W of the images, for a model of transformers that takes any (DINOv2, SigLIP2); those that a
+            bundle was made for, or those of its configuration, where None.
 
     One image goes through both towers, all its tokens kept, and must come out the same: patchrank computes blocks from
     their weights, and does not know what else was put in their place.
@@ -78,51 +83,23 @@ def prune(
             with other modules or hooks in the place of those that it was built of; a keep rate, block or target that
             makes no sense.
     """
-    clip = _owner(model)
-    visual = clip.visual
-    visual = visual.original if isinstance(visual, StandIn) else visual
-    adapter = adapt(visual)
     bundle, method = _resolve(how)
-    if bundle is not None:
-        bundle.check(visual)
-    cut = bundle.cut if bundle is not None else default_cut(adapter.depth)
-    if keep is not None and multiply_adds is not None:
-        raise UserError("keep and multiply_adds exclude each other: give one")
-    if isinstance(keep, Mapping) and blocks is not None:
-        raise UserError("keep tells the blocks already; leave out blocks")
-    places = [cut] if blocks is None else sorted(blocks)
-    if not places or (isinstance(keep, Mapping) and not keep):
-        raise UserError(f"{'keep' if places else 'blocks'}: names no block before which tokens could leave")
-    count = partial(count_kept, adapter.num_tokens, flag="keep")
-    if multiply_adds is not None:
-        schedule = _schedule_for(adapter, places, multiply_adds, method, cut)
-    else:
-        if isinstance(keep, Mapping):
-            last, totals = min(keep.values()), {int(block): count(rate) for block, rate in keep.items()}
-        else:
-            last = keep if keep is not None else bundle.keep if bundle is not None else DEFAULT_KEEP
-            totals = spread(adapter.num_tokens, places, count(last))
-        schedule = beside_learnable(adapter, method, checked(adapter, totals), cut, f"keep {last:g}")
-    if schedule and method.selector is not None and method.selector.needs_a_block and min(schedule) == 0:
-        raise UserError("block 0: there is no block before it whose attention could tell which tokens stay")
-    if schedule and bundle is not None and min(schedule) != cut:
-        raise UserError(f"block {min(schedule)}: this bundle's predictor looks at the tokens before block {cut}")
-    tower = _tower(method, visual, schedule, cut)
-    if not tower.idle:
-        fidelity.check(adapter)
-    tower.training = visual.training  # and not `train`: some of its modules may be in another mode, as frozen ones are
-    for part in (method.selector, method.tokens):
-        if part is not None:
-            part.to(adapter.device).train(visual.training)
-    clip.visual = tower
+    with owner_of(model, None if bundle is None else bundle.grid, image_size) as owner:
+        tower = _planned(owner.visual, bundle, method, keep, multiply_adds, blocks)
+        if not tower.idle:
+            fidelity.check(tower.adapter)
+        # And not `train`: some of its modules may be in another mode, as frozen ones are.
+        tower.training = owner.visual.training
+        for part in (method.selector, method.tokens):
+            if part is not None:
+                part.to(tower.adapter.device).train(owner.visual.training)
+        owner.put(tower)
     return model
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Give a pruned model its original image tower back; one that is not pruned stays as it is. Returns the model."""
-    clip = _owner(model)
-    if isinstance(clip.visual, StandIn):
-        clip.visual = clip.visual.original
+    owner_of(model).restore()
     return model
 
 
@@ -149,24 +126,41 @@ def pruned_tower(
     return PrunedTower(visual, at_keep_rate(adapter, method, cut, keep), method.selector, method.tokens, cut)
 
 
-def _owner(model: nn.Module) -> Any:
-    """The module whose attribute `visual` is the image tower: the model itself, or the one that a wrapper holds.
-
-    Raises:
-        UserError: there is none, or more than one, or its weights are sharded.
-    """
-    modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
-    if "visual" not in getattr(model, "_modules", {}):  # a wrapper hands on what is read, and not what is written
-        owners = {name: each for name, each in modules.items() if isinstance(each._modules.get("visual"), nn.Module)}
-        if not owners:
-            raise UserError(f"a {type(model).__name__} cannot be pruned: it has no image tower `visual`")
-        if len(owners) > 1:
-            names = ", ".join(owners)
-            raise UserError(f"a {type(model).__name__} holds several models with an image tower ({names}): give one")
-        (model,) = owners.values()
-    if any(type(each).__name__.startswith(("FullyShardedDataParallel", "FSDP")) for each in modules.values()):
-        raise UserError("this model is sharded (FSDP): prune it before it is wrapped")
-    return model
+def _planned(
+    visual: Any,
+    bundle: Bundle | None,
+    method: Method,
+    keep: float | Mapping[int, float] | None,
+    multiply_adds: float | None,
+    blocks: Sequence[int] | None,
+) -> StandIn:
+    """The tower that `prune` puts in the place of `visual`, for the same arguments."""
+    adapter = adapt(visual)
+    if bundle is not None:
+        bundle.check(visual)
+    cut = bundle.cut if bundle is not None else default_cut(adapter.depth)
+    if keep is not None and multiply_adds is not None:
+        raise UserError("keep and multiply_adds exclude each other: give one")
+    if isinstance(keep, Mapping) and blocks is not None:
+        raise UserError("keep tells the blocks already; leave out blocks")
+    places = [cut] if blocks is None else sorted(blocks)
+    if not places or (isinstance(keep, Mapping) and not keep):
+        raise UserError(f"{'keep' if places else 'blocks'}: names no block before which tokens could leave")
+    count = partial(count_kept, adapter.num_tokens, flag="keep")
+    if multiply_adds is not None:
+        schedule = _schedule_for(adapter, places, multiply_adds, method, cut)
+    else:
+        if isinstance(keep, Mapping):
+            last, totals = min(keep.values()), {int(block): count(rate) for block, rate in keep.items()}
+        else:
+            last = keep if keep is not None else bundle.keep if bundle is not None else DEFAULT_KEEP
+            totals = spread(adapter.num_tokens, places, count(last))
+        schedule = beside_learnable(adapter, method, checked(adapter, totals), cut, f"keep {last:g}")
+    if schedule and method.selector is not None and method.selector.needs_a_block and min(schedule) == 0:
+        raise UserError("block 0: there is no block before it whose attention could tell which tokens stay")
+    if schedule and bundle is not None and min(schedule) != cut:
+        raise UserError(f"block {min(schedule)}: this bundle's predictor looks at the tokens before block {cut}")
+    return _tower(method, visual, schedule, cut)
 
 
 def _tower(method: Method, visual: Any, schedule: Schedule, cut: int) -> StandIn:

@@ -219,8 +219,7 @@ def cropping(evaluation: Evaluation) -> Callable[[Image.Image], np.ndarray]:
 
     try:
         transform = Preprocess(evaluation.model.preprocess)
-        values = (transform.config.mean, transform.config.std)
-        mean, std = (np.array(value, dtype=np.float32).reshape(3, 1, 1) for value in values)
+        mean, std = (np.array(value, dtype=np.float32).reshape(3, 1, 1) for value in transform.normalised_by)
     except Exception as error:  # torchvision raises what it likes
         path = storage.join(evaluation.folder, record.FILE)
         raise UserError(f"{path}: its preprocess is damaged ({storage.one_line(error)})") from None

@@ -22,7 +22,7 @@ from torch import Tensor
 from patchrank.errors import UserError
 from patchrank.search.candidates import Candidates
 from patchrank.search.config import SearchConfig, Step
-from patchrank.search.objective import Objective
+from patchrank.search.objective import SCORES, Objective
 from patchrank.search.strategy import Found, Strategy
 from patchrank.tokens import tokens_kept
 
@@ -61,6 +61,8 @@ class ByGates(Strategy):
         """As `Strategy.check`."""
         if config.block != 1:
             raise UserError("--rank-by gates is of single tokens: it needs --block 1")
+        if SCORES[config.score].patches:
+            raise UserError(f"--rank-by gates: goes through the embedding, which --score {config.score} is not of")
 
     @classmethod
     def start_multiply_adds(cls, tower: Tower) -> int:

@@ -11,6 +11,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from patchrank.model.tower import Tower
 
+# As `Tower.suffix`: tokens, kept and image -> (c, E).
+Read = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 Value = Callable[[Tensor, Tensor], Tensor]  # embeddings and rows of the batch, (c, E), (c,) -> (c, ...)
 CACHE_BYTES = 4 << 20  # that the widest activation of a chunk may take on a CPU
 
@@ -22,10 +24,16 @@ class Candidates:
         tower: the image tower, cut where the tokens leave.
         block: r, the side of the sliding blocks, in tokens.
         chunk: candidates a forward pass, `default_chunk` where None; halved, for good, whenever memory runs out.
+
+    Attributes:
+        read: what is computed of candidates: their embeddings by default.
     """
+
+    read: Read
 
     def __init__(self, tower: Tower, block: int = 1, chunk: int | None = None) -> None:
         self.tower = tower
+        self.read = tower.suffix
         self.block = block
         self.chunk = chunk or default_chunk(tower)
         self.derived = max(1, self.chunk // (tower.adapter.depth - tower.cut))  # images `derive` takes at a time
@@ -54,7 +62,7 @@ class Candidates:
         while start < len(image):
             rows = slice(start, start + self.chunk)
             try:
-                embeddings = self.tower.suffix(tokens, None if kept is None else kept[rows], image[rows])
+                embeddings = self.read(tokens, None if kept is None else kept[rows], image[rows])
                 parts.append(value(embeddings, image[rows]))
             except RuntimeError as error:
                 if not _out_of_memory(error) or self.chunk == 1:

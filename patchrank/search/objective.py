@@ -21,7 +21,7 @@ class Objective:
 
     Attributes:
         score: its name in `SCORES`.
-        whole: (B, E), embeddings of the whole images.
+        whole: (B, E), embeddings of the whole images, or what is read in their place.
         classes: (K, E), normalised class embeddings, or None where the score needs none.
         logit_scale: the factor on cosines before the softmax over classes.
         labels: (B,) int64 in 0 .. K-1, or None where the score needs none.
@@ -76,6 +76,11 @@ def _preservation(batch: Objective, embeddings: Tensor, image: Tensor) -> Tensor
     return F.cosine_similarity(embeddings.double(), batch.whole[image].double(), dim=-1) - 1
 
 
+def _patches(batch: Objective, embeddings: Tensor, image: Tensor) -> Tensor:
+    """Of the mean over all patches of the cosines that `PatchCosines` gives in the place of embeddings."""
+    return embeddings.double().mean(dim=-1) - 1
+
+
 def _confidence(batch: Objective, embeddings: Tensor, image: Tensor) -> Tensor:
     """Of the largest class probability."""
     likely = batch.likely(embeddings)  # (C, K)
@@ -95,15 +100,18 @@ def _minus_others(likely: Tensor, label: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Score:
-    """A score: the function behind `Objective.score_minus_one`, and whether it needs classes and labels."""
+    """A score: the function behind `Objective.score_minus_one`, whether it needs classes and labels, and whether it is
+    of the patches' features instead of the image's embedding."""
 
     minus_one: Callable[[Objective, Tensor, Tensor], Tensor]
     classes: bool = False
     labels: bool = False
+    patches: bool = False
 
 
 SCORES = {
     "preservation": Score(_preservation),
+    "patches": Score(_patches, patches=True),
     "confidence": Score(_confidence, classes=True),
     "label": Score(_label, classes=True, labels=True),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ from patchrank.model.tower import Tower
 from patchrank.model.zero_shot import predict
 from patchrank.search.candidates import Candidates
 from patchrank.search.config import SearchConfig
-from patchrank.search.objective import Objective
+from patchrank.search.objective import SCORES, Objective
+from patchrank.search.patch_cosines import PatchCosines
 from patchrank.search.strategy import Found
 from patchrank.tokens import tokens_kept
 
@@ -123,9 +125,16 @@ class Searcher:
     def rank(self, tokens: Tensor, whole: Tensor, labels: Tensor | None = None) -> Found:
         """The search alone, of tokens before the cut, (B, p + N, D), and the whole images' embeddings, (B, E)."""
         labels = None if labels is None else labels.to(tokens.device)
-        classes = None if self.classes is None else self.classes.clone()
-        objective = Objective(self.config.score, whole.clone(), classes, self.logit_scale, labels)
-        return self.config.strategy(self.config, self.candidates, tokens, objective).run()
+        candidates, classes = self.candidates, None if self.classes is None else self.classes.clone()
+        whole = whole.clone()  # of inference mode, where there may be no gradient
+        if SCORES[self.config.score].patches:
+            candidates = copy.copy(candidates)
+            candidates.read = PatchCosines(self.tower, tokens, candidates.chunk)
+            whole = torch.ones(len(tokens), self.tower.num_tokens, device=tokens.device)  # (B, N)
+        objective = Objective(self.config.score, whole, classes, self.logit_scale, labels)
+        found = self.config.strategy(self.config, candidates, tokens, objective).run()
+        self.candidates.chunk = candidates.chunk  # which may have been too many
+        return found
 
 
 def _cpu(tensor: Tensor | None) -> Tensor | None:

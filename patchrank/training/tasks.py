@@ -126,6 +126,11 @@ class PredictorTask(_ImagesTask):
             self.golden = 0.0
         if not 0 <= self.golden <= 1:
             raise UserError(f"--golden {self.golden:g}: must be 0 to 1, a share of the steps")
+        if corpus is not None and corpus.settings["search"].get("score") == "patches" and self.golden < 1:
+            raise UserError(
+                "--golden: these rankings keep the features of patches, and the model would teach to keep the "
+                "embedding; give --golden 1"
+            )
         if self.target is None:
             search = {} if corpus is None else corpus.settings["search"]
             # The scores of other searches are of different steps, and cannot be compared with each other;

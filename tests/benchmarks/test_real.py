@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import itertools
 import os
+from dataclasses import asdict
 
 import pytest
 import torch
+import transformers_models
 
+import patchrank
 from benchmarks.precision import KEEP_RATES, RoundedProducts, judge
 from patchrank.data import shards
 from patchrank.model import loading
+from patchrank.model.loading import tower_digest
 from patchrank.model.tower import Tower
+from patchrank.model.transformers_tower import ImageTower
+from patchrank.pruning.bundle import Bundle
+from patchrank.pruning.predictor import PredictorConfig
 from patchrank.search.config import SearchConfig
 from patchrank.search.searcher import Searcher
 from patchrank.tokens import tokens_kept
@@ -58,3 +65,32 @@ def test_a_low_precision_keeps_other_tokens_that_are_nearly_as_good():
     for name, least in (("float16", 0.7), ("bfloat16", 0.65)):  # chance is 0.6
         same, cosine = worth[name]
         assert same > least and 1 - cosine < 0.7 * lost, worth
+
+
+@torch.no_grad()
+def test_the_same_weights_in_transformers_are_the_same_model():
+    """One digest, and a bundle that was made with open_clip prunes transformers' model to the same embeddings."""
+    model, pixels = model_and_photos(2)
+    other = transformers_models.from_open_clip(model.visual)
+    assert tower_digest(ImageTower(other.vision_model, other.visual_projection)) == model.weights
+    tower = Tower(model.visual)
+    about = {
+        "name": model.name,
+        "pretrained": None,
+        "weights": {"float32": model.weights},
+        "cut": tower.cut,
+        "grid": [14, 14],
+        "blocks": 12,
+    }
+    torch.manual_seed(0)
+    bundle = Bundle(about, asdict(PredictorConfig.of(tower)))
+    for parameter in bundle.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    whole = model.clip.encode_image(pixels)
+    torch.testing.assert_close(other(pixels).image_embeds, whole, rtol=0, atol=1e-4)
+    patchrank.prune(model.clip, bundle, keep=0.6)
+    patchrank.prune(other, bundle, keep=0.6)
+    pruned = model.clip.encode_image(pixels)
+    torch.testing.assert_close(other(pixels).image_embeds, pruned, rtol=0, atol=1e-4)
+    assert torch.equal(other.vision_model.patch_ids.sort(dim=1).values, model.visual.patch_ids.sort(dim=1).values)
+    assert not torch.allclose(pruned, whole, atol=1e-2)

@@ -33,6 +33,12 @@ def images():
     return torch.randn(2, 3, 16, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
+def images_of(visual, dtype=torch.float64):
+    """Two images of the size that a tower takes."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, 3, *visual.image_size, dtype=torch.float64, generator=generator).to(dtype)
+
+
 def embeddings(model, images):
     found = model.visual(images)
     return found[0] if isinstance(found, tuple) else found
@@ -59,7 +65,7 @@ def bundle_for(model, cut=1):
         "pretrained": None,
         "weights": {"float32": tower_digest(model.visual)},
         "cut": cut,
-        "grid": [4, 5],
+        "grid": list(tower.grid),
         "blocks": 4,
     }
     bundle = Bundle(about, asdict(PredictorConfig.of(tower)), asdict(TokensConfig(32, count=3, shifted=3)))
@@ -71,25 +77,27 @@ def bundle_for(model, cut=1):
 @pytest.mark.parametrize("name", towers.NAMES)
 class TestEveryKind:
     @pytest.mark.parametrize("cut", [0, 1, 3])
-    def test_all_tokens_some_and_gates(self, small_clip, images, name, cut):
+    def test_all_tokens_some_and_gates(self, small_clip, name, cut):
         """The model's own pass, and masks in its own modules."""
         model = towers.build(small_clip, name, torch.float64)
+        images, patches = images_of(model.visual), adapt(model.visual).num_tokens
         fidelity.check(adapt(model.visual))
         tower = Tower(model.visual, cut, torch.float64)
         tokens = tower.prefix(images)
         close(tower.suffix(tokens), embeddings(model, images))
-        close(masked(model.visual, images, torch.arange(20).expand(2, -1), cut), embeddings(model, images))
+        close(masked(model.visual, images, torch.arange(patches).expand(2, -1), cut), embeddings(model, images))
         found = tower.suffix(tokens, KEPT)
         close(found, masked(model.visual, images, KEPT, cut))
-        gates = torch.zeros(2, 20, dtype=torch.float64).scatter(1, KEPT, 1.0)
+        gates = torch.zeros(2, patches, dtype=torch.float64).scatter(1, KEPT, 1.0)
         close(tower.suffix(tokens, gates=gates), found)
 
-    def test_it_is_pruned_as_it_is_trained_and_restored(self, small_clip, images, name):
-        model, images = towers.build(small_clip, name), images.float()
+    def test_it_is_pruned_as_it_is_trained_and_restored(self, small_clip, name):
+        model = towers.build(small_clip, name)
+        images = images_of(model.visual, torch.float32)
         whole, bundle = embeddings(model, images), bundle_for(model)
         tower = Tower(model.visual, 1)
         tokens = bundle.tokens.prefix(tower, images)
-        stay = 9
+        stay = tower.num_tokens * 3 // 5 - 3  # 3 learnable ones
         before = bundle.tokens.before(tower.adapter, 1, stay)
         wanted = tower.suffix(tokens, select(bundle.predictor(tokens), stay), before=before)
         patchrank.prune(model, bundle, keep=0.6)
@@ -100,8 +108,9 @@ class TestEveryKind:
         assert torch.equal(embeddings(model, images), whole)
         assert count_multiply_adds(model.visual) == adapt(model.visual).full_multiply_adds()
 
-    def test_methods_without_training_are_counted(self, small_clip, images, name):
+    def test_methods_without_training_are_counted(self, small_clip, name):
         model = towers.build(small_clip, name)
+        images = images_of(model.visual)
         for how in ("class-attention", "random", "token-merging"):
             if how == "token-merging" and adapt(patchrank.restore(model).visual).rotary:
                 with pytest.raises(UserError, match="turns tokens by their places"):
@@ -113,11 +122,12 @@ class TestEveryKind:
             assert embeddings(model, images.float()).isfinite().all()
 
     @pytest.mark.parametrize("score", ["preservation", "confidence", "label"])
-    def test_the_search_agrees_with_masks(self, small_clip, images, monkeypatch, name, score):
+    def test_the_search_agrees_with_masks(self, small_clip, monkeypatch, name, score):
         monkeypatch.setattr(reference, "embed", towers.embed)
         monkeypatch.setattr(reference, "prefix", towers.prefix)
         visual = towers.build(small_clip, name, torch.float64).visual
-        classes = torch.nn.functional.normalize(torch.randn(5, 24, dtype=torch.float64), dim=-1)
+        images, wide = images_of(visual), adapt(visual).embed_dim
+        classes = torch.nn.functional.normalize(torch.randn(5, wide, dtype=torch.float64), dim=-1)
         config = SearchConfig(score=score, remove_per_step=4, keep=0.3)
         tower = Tower(visual, 1, torch.float64)
         found = Searcher(tower, config, classes, 3.0, (0.5,), chunk=7).search(images, torch.tensor([0, 1]))
@@ -126,8 +136,9 @@ class TestEveryKind:
             assert found.ranking[row].tolist() == wanted["ranking"]
             assert found.pruned_cosine[row, 0].item() == pytest.approx(wanted["pruned"][0][0], abs=1e-6)
 
-    def test_low_precision_keeps_the_embedding(self, small_clip, images, name):
+    def test_low_precision_keeps_the_embedding(self, small_clip, name):
         visual = towers.build(small_clip, name).visual
+        images = images_of(visual)
         exact = Tower(visual, 1)
         wanted = exact.suffix(exact.prefix(images), KEPT)
         for dtype, least in ((torch.bfloat16, 0.98), (torch.float16, 0.999)):
@@ -136,8 +147,9 @@ class TestEveryKind:
             assert found.dtype == torch.float32
             assert torch.cosine_similarity(found, wanted).min() > least
 
-    def test_compile_export_and_onnx(self, small_clip, images, name, tmp_path):
-        model, images = towers.build(small_clip, name), images.float()
+    def test_compile_export_and_onnx(self, small_clip, name, tmp_path):
+        model = towers.build(small_clip, name)
+        images = images_of(model.visual, torch.float32)
         patchrank.prune(model, bundle_for(model), keep=0.6)
         whole = embeddings(model, images)
         torch._dynamo.reset()

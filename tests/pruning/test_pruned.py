@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from dataclasses import asdict
 
 import made_up
@@ -11,6 +12,7 @@ import onnxruntime
 import open_clip
 import pytest
 import torch
+import towers
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 
 import patchrank
@@ -310,3 +312,55 @@ def test_learnable_tokens_leave_a_model_alone_that_loses_nothing(small_clip, ima
     whole = model.encode_image(images)
     patchrank.prune(model, bundle_for(model, place), keep=1.0)
     assert torch.equal(model.encode_image(images), whole)
+
+
+def test_it_trains_and_saves_as_the_unpruned_model(small_clip, images):
+    """One state dict for both, whichever it is loaded into; what tells tokens is in none."""
+    model, other = small_clip(), small_clip(seed=3)
+    state = copy.deepcopy(model.state_dict())
+    patchrank.prune(model, bundle_for(model, "cut"), keep=0.6)
+    found = model.state_dict()
+    assert found.keys() == state.keys() and all(torch.equal(value, state[key]) for key, value in found.items())
+    assert found._metadata.keys() == state._metadata.keys()
+    wanted = model.encode_image(images)
+    earlier = {key.replace("visual.", "visual.original."): value for key, value in state.items()}
+    earlier |= {f"visual.selector.{key}": value + 1 for key, value in model.visual.selector.state_dict().items()}
+    for each in (found, earlier):  # as 0.1.0 stored it
+        pruned = patchrank.prune(copy.deepcopy(other), "random", keep=0.6)
+        pruned.visual.selector = copy.deepcopy(model.visual.selector)
+        assert pruned.load_state_dict(each) is not None
+        pruned.visual.tokens, pruned.visual.schedule = copy.deepcopy(model.visual.tokens), model.visual.schedule
+        torch.testing.assert_close(pruned.encode_image(images), wanted)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        model.load_state_dict({**found, "visual.nothing": torch.zeros(1)})
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict({key: value for key, value in found.items() if key != "visual.proj"})
+    assert other.load_state_dict(found).missing_keys == []
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied.state_dict().keys() == state.keys()
+        assert torch.equal(copied.encode_image(images), wanted)
+
+
+@pytest.mark.parametrize("name", ["plain", "siglip"])
+def test_gradient_checkpointing_and_locking(small_clip, images, name):
+    model = (small_clip() if name == "plain" else towers.build(small_clip, name)).requires_grad_(True)
+    patchrank.prune(model, "class-attention", keep=0.5)
+
+    def gradients():
+        model.zero_grad()
+        model.encode_image(images).sum().backward()
+        found = (parameter.grad for parameter in model.visual.original.parameters())
+        return [gradient.clone() for gradient in found if gradient is not None]
+
+    wanted = gradients()
+    assert not model.visual.adapter.recomputes
+    model.set_grad_checkpointing()
+    assert model.visual.adapter.recomputes
+    for found, expected in zip(gradients(), wanted, strict=True):
+        torch.testing.assert_close(found, expected)
+    model.lock_image_tower()
+    locked = copy.deepcopy(model.visual.original).requires_grad_(True)
+    locked.lock()
+    found, wanted = ([each.requires_grad for each in tower.parameters()] for tower in (model.visual.original, locked))
+    assert found == wanted and not all(found)
+    assert model.no_weight_decay() <= {"logit_scale", *dict(model.named_parameters())}
