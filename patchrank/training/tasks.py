@@ -128,8 +128,7 @@ class PredictorTask(_ImagesTask):
             raise UserError(f"--golden {self.golden:g}: must be 0 to 1, a share of the steps")
         if corpus is not None and corpus.settings["search"].get("score") == "patches" and self.golden < 1:
             raise UserError(
-                "--golden: these rankings keep the features of patches, and the model would teach to keep the "
-                "embedding; give --golden 1"
+                "--golden: must be 1, as these rankings are of patches, and the model teaches the embedding"
             )
         if self.target is None:
             search = {} if corpus is None else corpus.settings["search"]

@@ -22,8 +22,8 @@ from patchrank.search.searcher import Searcher
 GATES = {"rank_by": "gates", "steps": 6}
 
 
-def pictures(count=3, dtype=torch.float64):
-    return torch.randn(count, 3, 16, 20, dtype=dtype, generator=torch.Generator().manual_seed(1))
+def pictures(count=3, dtype=torch.float64, size=(16, 20)):
+    return torch.randn(count, 3, *size, dtype=dtype, generator=torch.Generator().manual_seed(1))
 
 
 def gated(visual, start, ids, gates):
@@ -112,7 +112,8 @@ def test_agrees_with_a_slow_search(small_clip, score, cut, keep):
 def test_every_kind_of_tower(small_clip, name):
     """Derivatives are what differences of gates say, and cost what PyTorch counts."""
     tower = Tower(towers.build(small_clip, name, torch.float64).visual, 1, torch.float64)
-    tokens, ids = tower.prefix(pictures(2)), torch.tensor([[0, 3, 7, 12], [1, 2, 5, 19]])
+    size = tower.visual.image_size
+    tokens, ids = tower.prefix(pictures(2, size=size)), torch.tensor([[0, 3, 7, 12], [1, 2, 5, 19]])
     gates = torch.tensor([[1.0, 1.0, 0.5, 0.0]] * 2, dtype=torch.float64)
     found, slopes = Candidates(tower, chunk=4).derive(tokens, ids, gates, lambda e, image: e[:, 5] * (1 + image))
     torch.testing.assert_close(found, tower.suffix(tokens, ids, gates=gates))
@@ -123,7 +124,7 @@ def test_every_kind_of_tower(small_clip, name):
         torch.testing.assert_close(slopes[:, place], expected, rtol=1e-5, atol=1e-7)
     searcher = Searcher(tower, SearchConfig(**GATES), keep_rates=[0.5])
     with FlopCounterMode(display=False) as counter:
-        searcher.search(pictures(1))
+        searcher.search(pictures(1, size=size))
     assert estimate.multiply_adds(searcher) == pytest.approx(counter.get_total_flops() / 2, rel=1e-6)
 
 
