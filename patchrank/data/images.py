@@ -47,6 +47,8 @@ def decode(data: bytes) -> Image.Image:
             return _rgb(image)
     except UnidentifiedImageError:
         raise ValueError(stand_in(data[:64]) or f"not an image ({', '.join(FORMATS)})") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # which do not know of the flag
+        raise ValueError(f"cannot be decoded: {one_line(error).partition(',')[0]} (--max-pixels)") from None
     except MemoryError:  # the machine's trouble, not the image's
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, IndexError, ...

@@ -289,10 +289,8 @@ def _samples(stream: io.BufferedReader) -> Iterator[tuple[str, dict[str, bytes],
     if not start:
         raise ShardError("the file is empty")
     if start[257:262] != b"ustar":  # a tar begins with a file's name, which may be any
-        for magic, reason in _NO_TARS.items():
-            if start.startswith(magic):
-                raise ShardError(reason)
-        if told := storage.stand_in(start):
+        told = next((reason for magic, reason in _NO_TARS.items() if start.startswith(magic)), None)
+        if told := told or storage.stand_in(start):
             raise ShardError(told)
     archive = cast(BinaryIO, gzip.GzipFile(fileobj=stream) if start.startswith(b"\x1f\x8b") else stream)
     # Names that are not UTF-8 must still give keys that can be stored.

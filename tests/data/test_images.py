@@ -125,7 +125,9 @@ HUGE = {"over the limit": (10_000, 10_000), "over twice the limit": (20_000, 10_
 def test_decompression_bombs_are_refused(size, action, recwarn):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.filters", [(action, None, Warning, None, 0)])
-        with pytest.raises(ValueError, match=rf"({size[0] * size[1]} pixels|{size[0] * size[1]}).* limit"):
+        with pytest.raises(
+            ValueError, match=rf"({size[0] * size[1]} pixels|{size[0] * size[1]}).* limit .*\(--max-pixels\)$"
+        ):
             images.decode(png(RGB, 2, 8, size))
 
 
