@@ -72,7 +72,7 @@ def write_photos(path: str, count: int) -> float:
             smooth = Image.fromarray(rng.integers(256, size=(38, 50, 3), dtype=np.uint8)).resize(SIZE)
             noisy = np.asarray(smooth, np.int16) + rng.integers(-24, 25, size=(*SIZE[::-1], 3))
             photo = io.BytesIO()
-            Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(photo, "JPEG", quality=88)
+            Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(photo, "JPEG", quality=92)
             member = tarfile.TarInfo(f"{key:06d}.jpg")
             member.size = photo.tell()
             total += member.size

@@ -40,13 +40,14 @@ def samples(folder: str) -> Iterator[tuple[str, dict[str, bytes], str | None]]:
     The key is the file's name. A file that cannot be read costs itself alone.
 
     Raises:
-        OSError: the folder cannot be listed.
+        OSError: the folder cannot be listed, or holds no image.
     """
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file())
+        files = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file())
+    names = [name for name in files if extension(name) in EXTENSIONS]
+    if not names:
+        raise OSError("is a directory without an image")
     for name in names:
-        if extension(name) not in EXTENSIONS:
-            continue
         key = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")  # that can be stored
         data, problem = b"", None
         try:
