@@ -151,7 +151,7 @@ def main() -> int:
             key = f"{PREDICTOR} {args.keep_rates[0]}"
             if key in towers:
                 with torch.no_grad():
-                    share = predictor_share(bundle, towers[key], images, max(args.rounds, 5), timer)
+                    share = predictor_share(bundle, towers[key], images, args.rounds, timer)
                 print(f"{name:<10}{batch:>5}  {args.keep_rates[0]:>4g}  the predictor alone: {share:.2%} of the time")
     return 0
 

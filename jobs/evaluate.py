@@ -39,8 +39,9 @@ def job(args: argparse.Namespace) -> EvaluationJob:
         model = replace(model, name=about.get("model"), pretrained=about.get("pretrained"))
     if model.name is None:
         raise UserError("--shards needs --model: an open_clip name, or embedded for the model in this project")
-    if model.name in ("embedded", assets.MODEL):
-        model = replace(model, name=assets.MODEL)
+    embedded = assets.EMBEDDED.get(model.name, model.name)
+    if embedded in assets.EMBEDDED.values():
+        model = replace(model, name=embedded)
         if folder is None and not classes.given:
             classes = replace(classes, class_names=str(assets.CLASSNAMES))
     return replace(found, rankings=folder, model=model, classes=classes)

@@ -78,7 +78,7 @@ def show(record: Record, job: FitJob) -> None:
 
 def lines(job: FitJob) -> str:
     """How to use the bundle, in Python."""
-    name, file = assets.MODEL if job.model.name == "embedded" else job.model.name, job.model.pretrained
+    name, file = assets.EMBEDDED.get(str(job.model.name), job.model.name), job.model.pretrained
     if file and os.path.isfile(
         file
     ):  # which open_clip itself may not read: an image tower alone, a trainer's checkpoint

@@ -45,12 +45,13 @@ def job(args: argparse.Namespace) -> SearchJob:
         raise UserError("--shards needs --model: an open_clip name, or embedded for the model in this project")
     if model.name and not found.shards:
         raise UserError("--model needs --shards: which images should it rank?")
-    if model.name not in (None, "embedded"):
+    embedded = assets.EMBEDDED.get(model.name or "embedded")
+    if embedded is None:
         return found
     return replace(
         found,
         shards=found.shards or assets.TRAIN_SHARDS,
-        model=replace(model, name=assets.MODEL),
+        model=replace(model, name=embedded),
         classes=classes if classes.given else replace(classes, class_names=str(assets.CLASSNAMES)),
     )
 

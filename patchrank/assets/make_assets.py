@@ -2,6 +2,7 @@
 
     python -m patchrank.assets.make_assets            # train, measure, write: 38 minutes of processor time
     python -m patchrank.assets.make_assets --check    # only measure the model that stands in the project
+    python -m patchrank.assets.make_assets --kind siglip    # the SigLIP-type model, and no shards: 2 minutes
 
 Nothing is written unless the model, reloaded from its files, reaches a zero-shot top-1 of 85 % on the test images.
 The same seed, processor and version of torch give the same files.
@@ -18,6 +19,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,13 +28,14 @@ import numpy as np
 import open_clip
 import torch
 import webdataset as wds
-from open_clip.loss import ClipLoss
+from open_clip.loss import ClipLoss, SigLipLoss
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from patchrank import assets
+from patchrank.assets.siglip_tower import vit_patchrank_siglip
 from patchrank.errors import UserError, run
 
 MODEL_CFG: dict[str, Any] = {
@@ -41,6 +44,13 @@ MODEL_CFG: dict[str, Any] = {
     "vision_cfg": dict(image_size=28, patch_size=2, width=64, head_width=64, layers=4, mlp_ratio=2.0, pool_type="tok"),
     # 32 positions: learnable prompts put 16 tokens in front of the class name
     "text_cfg": dict(context_length=32, vocab_size=49408, width=32, heads=1, layers=2),
+}
+# Pooled by attention and trained with a sigmoid for each pair, as SigLIP is, with its temperature and bias.
+SIGLIP_CFG: dict[str, Any] = {
+    **MODEL_CFG,
+    "vision_cfg": dict(image_size=28, timm_model_name=vit_patchrank_siglip.__name__, timm_pool="map", timm_proj="none"),
+    "init_logit_scale": math.log(10),
+    "init_logit_bias": -10,
 }
 # mean and standard deviation of Fashion-MNIST's training pixels
 PREPROCESS_CFG = dict(mean=[0.2860] * 3, std=[0.3530] * 3, interpolation="bicubic", resize_mode="shortest")
@@ -64,8 +74,26 @@ TEMPLATES = [*open_clip.OPENAI_IMAGENET_TEMPLATES, *(template.format for templat
 DEBIAN_FOLDER = "/usr/share/datasets/fashion-mnist"  # of the package dataset-fashion-mnist
 MIN_ACCURACY = 0.85
 SAMPLES_PER_SHARD = 250
-BATCH_SIZE = 128
-LEARNING_RATE = 2e-3
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A model and how it is trained: the first `images` of the training images, `epochs` times."""
+
+    folder: str
+    config: dict[str, Any]
+    loss: type[nn.Module]
+    images: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+
+
+KINDS = {
+    "clip": Kind("model", MODEL_CFG, ClipLoss, 60_000, 6, 128, 2e-3),
+    # Goes on from the other's blocks and text tower, so that little is left to learn.
+    "siglip": Kind("siglip", SIGLIP_CFG, SigLipLoss, 19_200, 1, 64, 1e-3),
+}
 
 
 def read_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -137,29 +165,33 @@ def augment(images: Tensor) -> Tensor:
     return torch.where(torch.rand(n, 1, 1) < 0.5, shifted.flip(-1), shifted)
 
 
-def train(images: Tensor, labels: Tensor, tokens: Tensor, epochs: int, seed: int) -> open_clip.CLIP:
-    """Train the model on pairs of an image (n x 28 x 28, uint8) and a random caption of its class; log the progress."""
+def train(kind: Kind, images: Tensor, labels: Tensor, tokens: Tensor, epochs: int, seed: int) -> open_clip.CLIP:
+    """Train a model on pairs of an image (n x 28 x 28, uint8) and a random caption of its class; log the progress."""
     torch.manual_seed(seed)
+    images, size, loss_of = images[: kind.images], kind.batch_size, kind.loss()
     # No patch dropout, though it would halve the time: it makes a model that hardly misses the tokens it loses, and
     # rankings are of interest where tokens matter.
-    model = open_clip.CLIP(**MODEL_CFG).train()
-    # A word that no caption has gets no gradient, so its row stays as it starts. At zero it adds no noise to a prompt,
-    # and the table, most of the file, compresses to nearly nothing.
-    nn.init.zeros_(model.token_embedding.weight)
+    model = open_clip.CLIP(**kind.config).train()
+    if kind.config is SIGLIP_CFG:
+        go_on_from(model, open_clip.create_model(assets.MODEL))
+    else:
+        # A word that no caption has gets no gradient, so its row stays as it starts. At zero it adds no noise to a
+        # prompt, and the table, most of the file, compresses to nearly nothing.
+        nn.init.zeros_(model.token_embedding.weight)
 
-    steps = len(images) // BATCH_SIZE
+    steps = len(images) // size
     matrices = {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1}
     vectors = {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([matrices, vectors], betas=(0.9, 0.98), eps=1e-6)
     schedule = torch.optim.lr_scheduler.OneCycleLR(  # warm-up, then cosine
-        optimizer, LEARNING_RATE, total_steps=epochs * steps, pct_start=0.05, cycle_momentum=False
+        optimizer, kind.learning_rate, total_steps=epochs * steps, pct_start=0.05, cycle_momentum=False
     )
     start = time.perf_counter()
     for epoch in range(epochs):
-        order = torch.randperm(len(images))[: steps * BATCH_SIZE].view(steps, BATCH_SIZE)
+        order = torch.randperm(len(images))[: steps * size].view(steps, size)
         for step, batch in enumerate(order, 1):
-            texts = tokens[labels[batch], torch.randint(tokens.shape[1], (BATCH_SIZE,))]
-            loss = ClipLoss()(*model(normalize(augment(images[batch])), texts))
+            texts = tokens[labels[batch], torch.randint(tokens.shape[1], (size,))]
+            loss = loss_of(*model(normalize(augment(images[batch])), texts))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -168,11 +200,41 @@ def train(images: Tensor, labels: Tensor, tokens: Tensor, epochs: int, seed: int
                 model.logit_scale.clamp_(0, math.log(100))  # as CLIP does
             if step % 100 == 0 or step == steps:
                 done = epoch * steps + step
-                rate = done * BATCH_SIZE / (time.perf_counter() - start)
-                left = (epochs * steps - done) * BATCH_SIZE / rate / 60
+                rate = done * size / (time.perf_counter() - start)
+                left = (epochs * steps - done) * size / rate / 60
                 progress = f"epoch {epoch + 1}/{epochs}  step {step}/{steps}  loss {loss.item():.3f}"
                 print(f"{progress}  {rate:.0f} images/s  {left:.1f} min left", flush=True)
     return model.eval()
+
+
+# The names in timm's tower of what open_clip's has; the class token and the projection have none.
+TIMM_NAMES = {
+    "conv1": "patch_embed.proj",
+    "positional_embedding": "pos_embed",
+    "ln_pre": "norm_pre",
+    "transformer.resblocks": "blocks",
+    "ln_1": "norm1",
+    "in_proj_": "qkv.",
+    "out_proj": "proj",
+    "ln_2": "norm2",
+    "c_fc": "fc1",
+    "c_proj": "fc2",
+    "ln_post": "norm",
+}
+
+
+def go_on_from(model: open_clip.CLIP, clip: open_clip.CLIP) -> None:
+    """Give a model with timm's image tower the weights of a CLIP with open_clip's, where it has the same."""
+    for key, value in clip.state_dict().items():
+        if not key.startswith("visual."):
+            if key != "logit_scale":
+                model.get_parameter(key).data.copy_(value)
+            continue
+        for theirs, ours in TIMM_NAMES.items():
+            key = key.replace(theirs, ours)
+        if key not in ("visual.class_embedding", "visual.proj"):
+            value = value[None, 1:] if key == "visual.pos_embed" else value  # (1, N, D), without the class token's
+            model.get_parameter(key.replace("visual.", "visual.trunk.")).data.copy_(value)
 
 
 @torch.inference_mode()
@@ -201,30 +263,35 @@ def zero_shot(model_name: str, images: np.ndarray, labels: np.ndarray) -> list[f
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DEBIAN_FOLDER, help="folder of Fashion-MNIST's IDX files")
-    parser.add_argument("--out", type=Path, default=Path(assets.__file__).parent, help="gets model/ and shards/")
-    parser.add_argument("--epochs", type=int, default=6, help="passes over the training images")
+    parser.add_argument("--kind", choices=KINDS, default="clip", help="which of the models (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path(assets.__file__).parent, help="gets the model, and shards/")
+    parser.add_argument("--epochs", type=int, help="passes over the training images (6; siglip 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--check", action="store_true", help="only measure the model that stands in the project")
     args = parser.parse_args()
-    if args.epochs < 1:
+    kind = KINDS[args.kind]
+    epochs = kind.epochs if args.epochs is None else args.epochs
+    if epochs < 1:
         parser.error("--epochs must be at least 1")
     torch.set_num_threads(2)  # a fixed number, because the order of sums depends on it
     test = read_split(args.data, "t10k")
     if args.check:
-        return 0 if min(zero_shot(assets.MODEL, *test)) >= MIN_ACCURACY else 1
+        standing = f"local-dir:{Path(assets.__file__).parent / kind.folder}"
+        return 0 if min(zero_shot(standing, *test)) >= MIN_ACCURACY else 1
     images, labels = read_split(args.data, "train")
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out) as staging:  # what stands in --out is replaced at the very end
-        model_dir, shards_dir = Path(staging, "model"), Path(staging, "shards")
+        model_dir, shards_dir = Path(staging, kind.folder), Path(staging, "shards")
         model_dir.mkdir()
         shards_dir.mkdir()
-        write_shards(shards_dir, "train", images, labels, len(assets.TRAIN_SHARDS), args.seed)
-        write_shards(shards_dir, "test", *test, len(assets.TEST_SHARDS), args.seed)
-        (shards_dir / "classnames.json").write_text(json.dumps([names[0] for names in NAMES]) + "\n")
-        config = {"model_cfg": MODEL_CFG, "preprocess_cfg": PREPROCESS_CFG}
+        if args.kind == "clip":
+            write_shards(shards_dir, "train", images, labels, len(assets.TRAIN_SHARDS), args.seed)
+            write_shards(shards_dir, "test", *test, len(assets.TEST_SHARDS), args.seed)
+            (shards_dir / "classnames.json").write_text(json.dumps([names[0] for names in NAMES]) + "\n")
+        config = {"model_cfg": kind.config, "preprocess_cfg": PREPROCESS_CFG}
         (model_dir / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
         tokens = caption_tokens(open_clip.get_tokenizer(f"local-dir:{model_dir}"))
-        model = train(torch.tensor(images), torch.tensor(labels).long(), tokens, args.epochs, args.seed)
+        model = train(kind, torch.tensor(images), torch.tensor(labels).long(), tokens, epochs, args.seed)
         weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
         # not save_file: its files can be read by their owner only, and installed ones are read by all
         (model_dir / "open_clip_model.safetensors").write_bytes(save(weights))
@@ -235,7 +302,7 @@ def main() -> int:
             target = args.out / path.relative_to(staging)
             target.parent.mkdir(exist_ok=True)
             os.replace(path, target)
-    print(f"written: {args.out / 'model'}, {args.out / 'shards'}")
+    print(f"written: {args.out / kind.folder}" + (f", {args.out / 'shards'}" if args.kind == "clip" else ""))
     return 0
 
 

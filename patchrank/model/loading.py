@@ -16,6 +16,7 @@ import torch
 from open_clip.factory import parse_model_name
 from torch import Tensor, nn
 
+import patchrank.assets.siglip_tower  # noqa: F401  # names the architecture of assets.SIGLIP
 from patchrank import assets
 from patchrank.errors import UserError
 from patchrank.flags import flag
@@ -74,7 +75,8 @@ class ModelSource:
 
     name: str | None = flag(
         None,
-        "open_clip name, hf-hub:ORG/REPO, local-dir:FOLDER or embedded; of transformers hf:ORG/REPO or hf:FOLDER",
+        "open_clip name, hf-hub:ORG/REPO, local-dir:FOLDER, embedded or embedded-siglip; of transformers hf:ORG/REPO "
+        "or hf:FOLDER",
         name="model",
         metavar="NAME",
     )
@@ -85,14 +87,14 @@ class ModelSource:
     dtype: str = flag("auto", "auto, float32, bfloat16 or float16 (%(default)s)")
 
     def __post_init__(self) -> None:
-        if self.pretrained and self.name in (None, "embedded", assets.MODEL):
+        if self.pretrained and self.name in (None, *assets.EMBEDDED, *assets.EMBEDDED.values()):
             raise UserError("--pretrained needs --model, an open_clip name")
 
     def load(self) -> Model:
         """As `load`. Raises UserError."""
         if self.name is None:
             raise UserError("--model is needed: an open_clip name, or embedded for the model in this project")
-        return load(assets.MODEL if self.name == "embedded" else self.name, self.pretrained)
+        return load(assets.EMBEDDED.get(self.name, self.name), self.pretrained)
 
 
 def load(name: str, pretrained: str | None = None) -> Model:

@@ -351,7 +351,9 @@ def _as_open_clip(adapter: TransformersViT) -> tuple[dict[str, Tensor], str]:
 def _replaced(visual: Any) -> Iterator[str | None]:
     """What stands between the modules and their weights, as of `fidelity.refusal`, module by module."""
     vision, family = visual.vision, FAMILIES[visual.family]
-    yield fidelity.refusal(vision, "its image tower", family.known(visual.family.removeprefix(family.prefix)))
+    known = family.known(visual.family.removeprefix(family.prefix))
+    pruned = getattr(type(vision), "base", None) in known  # then it is of a class of ours, which calls the adapter
+    yield fidelity.refusal(vision, "its image tower", (*known, type(vision)) if pruned else known)
     if hasattr(vision, "encoder"):
         yield fidelity.refusal(vision.encoder, "its encoder", family.known("Encoder"))
     if visual.pool == LEARNT_QUERY:

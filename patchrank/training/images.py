@@ -203,14 +203,15 @@ def open_images(source: ImageSource, seed: int = 0) -> tuple[TrainingImages, Mod
     """
     corpus = None if source.rankings is None else rankings.open(source.rankings)
     about = {} if corpus is None else corpus.settings.get("about", {})
-    model, pretrained = assets.MODEL if source.model == "embedded" else source.model, source.pretrained
+    model = None if source.model is None else assets.EMBEDDED.get(source.model, source.model)
+    pretrained = source.pretrained
     if model is None and about.get("model") is None:
         raise UserError(f"{source.rankings}: does not tell its model's name; give --model")
     if model is None:
         model, pretrained = about["model"], about.get("pretrained")
     test = source.test
     if test is None:
-        test = assets.TEST_SHARDS if model == assets.MODEL else []
+        test = assets.TEST_SHARDS if model in assets.EMBEDDED.values() else []
     wanted = None if source.shards is None else shards.expand(source.shards)
     tested = shards.expand(test) if test else []
     loaded = loading.load(model, pretrained)

@@ -95,6 +95,8 @@ def test_a_search_without_flags_is_of_what_is_embedded():
         assets.MODEL,
         str(assets.CLASSNAMES),
     )
+    siglip = search.job(search.parser().parse_args(["--model", "embedded-siglip", "--shards", "a.tar"]))
+    assert (siglip.shards, siglip.model.name, siglip.classes) == (("a.tar",), assets.SIGLIP, job.classes)
     own = search.job(search.parser().parse_args(["--model", "RN50", "--shards", "a.tar", "--rescore", "all"]))
     assert (own.shards, own.model.name, own.classes.given, own.config.rescore) == (("a.tar",), "RN50", False, None)
 
@@ -124,7 +126,8 @@ def test_flags_that_do_not_go_together_are_refused(job, given, words):
 
 
 @pytest.mark.parametrize(
-    "file", ["README.md", "docs/search.md", "docs/training.md", "docs/pruning.md", "docs/cluster.md", "docs/corpus.md"]
+    "file",
+    ["README.md", *(f"docs/{name}.md" for name in ("search", "training", "pruning", "models", "cluster", "corpus"))],
 )
 def test_documented_commands_have_flags_that_there_are(file, capsys):
     text = (ROOT / file).read_text().replace("\\\n", " ")
