@@ -354,6 +354,8 @@ def _replaced(visual: Any) -> Iterator[str | None]:
     known = family.known(visual.family.removeprefix(family.prefix))
     pruned = getattr(type(vision), "base", None) in known  # then it is of a class of ours, which calls the adapter
     yield fidelity.refusal(vision, "its image tower", (*known, type(vision)) if pruned else known)
+    if visual.family == SIGLIP2:  # of which the parts are called
+        yield fidelity.refusal(vision.embeddings, "what embeds its patches", family.known("VisionEmbeddings"))
     if hasattr(vision, "encoder"):
         yield fidelity.refusal(vision.encoder, "its encoder", family.known("Encoder"))
     if visual.pool == LEARNT_QUERY:

@@ -50,7 +50,6 @@ def test_a_small_budget_times_forward_passes_and_a_large_one_searches(small_clip
 def test_every_forward_pass_of_the_search_is_timed(small_clip, monkeypatch):
     """With a clock that counts candidates times tokens instead of seconds, the sum is known."""
     tower = Tower(small_clip().visual)
-    searcher = Searcher(tower, SearchConfig(remove_per_step=3), keep_rates=[0.8, 0.5], chunk=7)
     pixels = torch.randn(2, 3, 16, 20)
     work = []
     suffix = tower.suffix
@@ -66,6 +65,7 @@ def test_every_forward_pass_of_the_search_is_timed(small_clip, monkeypatch):
         return sum(work) - before
 
     tower.suffix = working
+    searcher = Searcher(tower, SearchConfig(remove_per_step=3), keep_rates=[0.8, 0.5], chunk=7)
     searcher.search(pixels)
     expected = sum(work)
     monkeypatch.setattr(estimate.clock, "seconds", clock)
