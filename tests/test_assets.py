@@ -155,7 +155,7 @@ def test_augment_shifts_and_mirrors():
 
 
 def test_two_runs_write_the_same_files(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(make_assets, "MIN_ACCURACY", 0.0)
+    monkeypatch.setattr(make_assets, "MIN_ACCURACY", dict.fromkeys(make_assets.KINDS, 0.0))
     for out in ("a", "b"):
         assert run_main(monkeypatch, "--data", small_data, "--out", tmp_path / out, "--epochs", "1") == 0
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
@@ -183,3 +183,23 @@ def test_missing_and_broken_data_are_named(small_data: Path, tmp_path: Path, mon
         labels.write_bytes(content)
         with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte\.gz: not a gzipped IDX file"):
             make_assets.read_split(small_data, "t10k")
+
+
+def test_the_siglip_type_model_goes_on_from_the_other(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "out"
+    monkeypatch.setattr(make_assets, "MIN_ACCURACY", dict.fromkeys(make_assets.KINDS, 0.0))
+    assert run_main(monkeypatch, "--kind", "siglip", "--data", small_data, "--out", out) == 0
+    assert [path.name for path in out.iterdir()] == ["siglip"]
+    model, other = open_clip.create_model(f"local-dir:{out / 'siglip'}"), open_clip.create_model(assets.MODEL)
+    pairs = [  # four steps later
+        (model.visual.trunk.blocks[2].attn.qkv.weight, other.visual.transformer.resblocks[2].attn.in_proj_weight),
+        (model.visual.trunk.pos_embed[0], other.visual.positional_embedding[1:]),
+        (model.text_projection, other.text_projection),
+    ]
+    for ours, theirs in pairs:
+        assert 0 < (ours - theirs).abs().max() < 0.01
+    assert (FOLDER / "siglip" / "open_clip_config.json").read_bytes() == (
+        out / "siglip" / "open_clip_config.json"
+    ).read_bytes()

@@ -4,7 +4,8 @@
     python -m patchrank.assets.make_assets --check    # only measure the model that stands in the project
     python -m patchrank.assets.make_assets --kind siglip    # the SigLIP-type model, and no shards: 2 minutes
 
-Nothing is written unless the model, reloaded from its files, reaches a zero-shot top-1 of 85 % on the test images.
+Nothing is written unless the model, reloaded from its files, reaches a zero-shot top-1 of `MIN_ACCURACY` on the test
+images.
 The same seed, processor and version of torch give the same files.
 """
 
@@ -72,13 +73,16 @@ FASHION_TEMPLATES = ["a product photo of a {}.", "a {}, a piece of clothing.", "
 OWN_TEMPLATES = BARE_TEMPLATES + PICTURE_TEMPLATES + FASHION_TEMPLATES
 TEMPLATES = [*open_clip.OPENAI_IMAGENET_TEMPLATES, *(template.format for template in OWN_TEMPLATES)]
 DEBIAN_FOLDER = "/usr/share/datasets/fashion-mnist"  # of the package dataset-fashion-mnist
-MIN_ACCURACY = 0.85
+MIN_ACCURACY = {"clip": 0.85, "siglip": 0.80}
 SAMPLES_PER_SHARD = 250
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A model and how it is trained: the first `images` of the training images, `epochs` times."""
+    """A model and how it is trained: the first `images` of the training images, `epochs` times.
+
+    The number of threads is fixed, because the order of sums depends on it.
+    """
 
     folder: str
     config: dict[str, Any]
@@ -87,12 +91,13 @@ class Kind:
     epochs: int
     batch_size: int
     learning_rate: float
+    threads: int
 
 
 KINDS = {
-    "clip": Kind("model", MODEL_CFG, ClipLoss, 60_000, 6, 128, 2e-3),
+    "clip": Kind("model", MODEL_CFG, ClipLoss, 60_000, 6, 128, 2e-3, 2),
     # Goes on from the other's blocks and text tower, so that little is left to learn.
-    "siglip": Kind("siglip", SIGLIP_CFG, SigLipLoss, 19_200, 1, 64, 1e-3),
+    "siglip": Kind("siglip", SIGLIP_CFG, SigLipLoss, 19_200, 1, 64, 1e-3, 1),
 }
 
 
@@ -269,15 +274,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--check", action="store_true", help="only measure the model that stands in the project")
     args = parser.parse_args()
-    kind = KINDS[args.kind]
+    kind, least = KINDS[args.kind], MIN_ACCURACY[args.kind]
     epochs = kind.epochs if args.epochs is None else args.epochs
     if epochs < 1:
         parser.error("--epochs must be at least 1")
-    torch.set_num_threads(2)  # a fixed number, because the order of sums depends on it
+    torch.set_num_threads(kind.threads)
     test = read_split(args.data, "t10k")
     if args.check:
         standing = f"local-dir:{Path(assets.__file__).parent / kind.folder}"
-        return 0 if min(zero_shot(standing, *test)) >= MIN_ACCURACY else 1
+        return 0 if min(zero_shot(standing, *test)) >= least else 1
     images, labels = read_split(args.data, "train")
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out) as staging:  # what stands in --out is replaced at the very end
@@ -295,8 +300,8 @@ def main() -> int:
         weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
         # not save_file: its files can be read by their owner only, and installed ones are read by all
         (model_dir / "open_clip_model.safetensors").write_bytes(save(weights))
-        if min(zero_shot(f"local-dir:{model_dir}", *test)) < MIN_ACCURACY:
-            print(f"below {MIN_ACCURACY:.0%}: nothing written; train for more --epochs")
+        if min(zero_shot(f"local-dir:{model_dir}", *test)) < least:
+            print(f"below {least:.0%}: nothing written; train for more --epochs")
             return 1
         for path in (*model_dir.iterdir(), *shards_dir.iterdir()):
             target = args.out / path.relative_to(staging)
