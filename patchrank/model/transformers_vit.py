@@ -167,8 +167,9 @@ class TransformersViT(Adapter):
         """As `Adapter.attention`; in the last block the class token alone asks, where it alone is read."""
         block, last = self.blocks[number], number == self.depth - 1 and not self.all_read
         query, key, value = self._project(block, x, class_token_only=last)
-        attended = attend(query, key, value, gates, bias).transpose(1, 2).flatten(2)  # (C, n or 1, heads d)
-        attended = getattr(getattr(block, self.family.attention), self.family.out)(attended)
+        attn = getattr(block, self.family.attention)
+        attended = attend(query, key, value, gates, bias, _dropout(attn)).transpose(1, 2).flatten(2)
+        attended = getattr(attn, self.family.out)(attended)  # (C, n or 1, D)
         return (x[:, :1] if last else x) + _added(block, attended, "layer_scale1"), key
 
     def _project(self, block: Any, x: Tensor, class_token_only: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,7 +213,8 @@ class TransformersViT(Adapter):
         if self.visual.pool == LEARNT_QUERY:
             head = self.visual.vision.head
             query, key, value = self._pooling(self._last_norm(x))
-            pooled = attend(query, key, value, weights).transpose(1, 2).flatten(2)[:, 0]  # (C, D)
+            pooled = attend(query, key, value, weights, dropout=_dropout(head.attention))
+            pooled = pooled.transpose(1, 2).flatten(2)[:, 0]  # (C, D)
             pooled = head.attention.out_proj(pooled.to(exact))
             return pooled + head.mlp(head.layernorm(pooled))
         if self.visual.pool == MEAN:
@@ -303,6 +305,12 @@ class TransformersViT(Adapter):
             return 0
         head, d = self.visual.vision.head, self.width
         return 2 * d * d + (2 * d * d + 2 * d) * n + linear_multiply_adds(head.mlp)
+
+
+def _dropout(attn: Any) -> float:
+    """The share of attention weights that are dropped: some while training, none afterwards."""
+    share: float = attn.dropout if hasattr(attn, "dropout") else attn.attention_dropout
+    return share if attn.training else 0.0
 
 
 def _added(block: Any, x: Tensor, scale: str) -> Tensor:
