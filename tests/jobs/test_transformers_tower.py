@@ -48,6 +48,6 @@ def test_from_a_search_to_an_evaluation(address, tmp_path, capsys):
     assert images.tower.grid == (5, 5)
     images, _ = open_images(ImageSource(rankings=str(tmp_path / "patches"), shards=[shard], test=[]))
     shape = PredictorConfig.of(images.tower)
-    with pytest.raises(UserError, match=r"keep the features of patches.*--golden 1"):
+    with pytest.raises(UserError, match="--golden: must be 1, as these rankings are of patches"):
         PredictorTask(images, config=shape)
     assert PredictorTask(images, config=shape, golden=1.0).target == "rank"
