@@ -19,9 +19,11 @@ import io
 import itertools
 import logging
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -31,6 +33,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks is no installed package
 from benchmarks.embed import write_photos
 from patchrank.data import images, shards
 from patchrank.data.shards import Sample
@@ -92,6 +95,8 @@ def main() -> int:
     torch.set_num_threads(1)
     if args.pretrained:
         visual = loading.load(args.model, args.pretrained).visual
+    elif open_clip.get_model_config(args.model) is None:
+        raise UserError(f"--model {args.model}: open_clip does not know it")
     else:
         visual = open_clip.create_model(args.model).visual.eval().requires_grad_(False)
     config = open_clip.transform.PreprocessCfg(**visual.preprocess_cfg)

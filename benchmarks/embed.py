@@ -17,6 +17,7 @@ import io
 import logging
 import os
 import statistics
+import sys
 import tarfile
 import tempfile
 import time
@@ -35,6 +36,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks is no installed package
 from benchmarks.pruned import untrained
 from cluster.places import Places
 from patchrank.data.progress import Progress
@@ -119,6 +121,8 @@ def main() -> int:
     threads = args.threads or Places(actors=1, cpus=cores, gpus=int(gpu)).threads
     device, dtype = torch.device("cuda" if gpu else "cpu"), loading.resolve_dtype(args.dtype, gpu)
 
+    if open_clip.get_model_config(args.model) is None:
+        raise UserError(f"--model {args.model}: open_clip does not know it")
     visual = open_clip.create_model(args.model).visual.eval().requires_grad_(False)
     tower = Tower(visual, None, dtype, device, args.model)
     config = open_clip.transform.PreprocessCfg(**visual.preprocess_cfg)
