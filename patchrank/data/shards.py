@@ -184,6 +184,7 @@ def _expand(spec: str, lists: tuple[str, ...], base: str = "") -> Iterator[str]:
     except ValueError as error:
         raise UserError(f"{spec}: {one_line(error)}") from None
     for word in words:
+        word.encode()  # a name that is no UTF-8 is refused by itself, wherever it would first have to be written
         options = None if storage.is_local(base or word) else _QUERY.search(word)
         query = options.group() if options else ""
         name = word.removesuffix(query)
@@ -215,12 +216,11 @@ def _matches(spec: str, folder: str, pattern: str, query: str) -> list[str]:
 
 def _glob(folder: str, patterns: list[str], query: str) -> Iterator[str]:
     """The shards below a folder that match one pattern a level, sorted."""
-    system, path = storage.resolve(folder + query)
     try:
-        infos = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        infos = storage.listing(folder + query)
     except OSError as error:
         raise UserError(f"{folder}: cannot be listed ({one_line(error)})") from None
-    for info in sorted(infos, key=lambda info: info.base_name):
+    for info in infos:
         name = info.base_name
         if not fnmatch.fnmatchcase(name, patterns[0]) or (name.startswith(".") and not patterns[0].startswith(".")):
             continue

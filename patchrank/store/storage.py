@@ -317,10 +317,27 @@ def exists(uri: str) -> bool:
 
 
 def files(folder: str) -> list[fs.FileInfo]:
-    """The files right below a folder, sorted by path; none where the folder does not exist."""
+    """The files right below a folder, sorted by path; none where the folder does not exist.
+
+    Raises:
+        UserError: as `listing`.
+    """
+    return [info for info in listing(folder) if info.type == fs.FileType.File]
+
+
+def listing(folder: str) -> list[fs.FileInfo]:
+    """What is right below a folder, sorted by path; nothing where the folder does not exist.
+
+    Raises:
+        UserError: a name in it cannot be read as text.
+    """
     system, path = resolve(folder)
     infos = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    return sorted((info for info in infos if info.type == fs.FileType.File), key=lambda info: info.path)
+    try:
+        return sorted(infos, key=lambda info: info.path)
+    except UnicodeDecodeError as error:
+        name = os.path.basename(os.fsdecode(error.object))
+        raise UserError(f"{folder}: the name of {name!a} in it is no UTF-8; rename it") from None
 
 
 def write_atomic(uri: str, data: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -188,3 +189,13 @@ def test_a_bucket_out_of_reach(s3_bucket, monkeypatch):
         assert found == []
         assert "ACCESS_DENIED" in error
         server.shutdown()
+
+
+def test_a_name_that_is_no_utf_8_is_refused_by_name(tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.tar"
+    with open(path, "wb"):
+        pass
+    with pytest.raises(UserError, match=r"the name of 'caf\\udce9.tar' in it is no UTF-8; rename it"):
+        shards.expand([str(tmp_path)])
+    with pytest.raises(UnicodeEncodeError):  # of which jobs make one line (`patchrank.errors.run`)
+        shards.expand([os.fsdecode(path)])
