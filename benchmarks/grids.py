@@ -1,6 +1,7 @@
 """What the default search costs an image on larger grids: candidates, multiply-adds, and seconds by timing.
 
     python benchmarks/grids.py [--models ViT-B-16-SigLIP ViT-B-16-SigLIP-384 ViT-B-16-SigLIP-512]
+    python benchmarks/grids.py --processor-time     # on a machine that others use: of one core, and no waiting
 
 Weights are random: cost does not depend on them. Seconds are of a few timed forward passes, as `--estimate` has them,
 beside the share of the rate that a large matrix product reaches in the same run.
@@ -38,8 +39,12 @@ def main() -> int:
     default = ["ViT-B-16-SigLIP", "ViT-B-16-SigLIP-384", "ViT-B-16-SigLIP-512"]
     parser.add_argument("--models", nargs="+", default=default, metavar="NAME", help="(%(default)s)")
     parser.add_argument("--images", type=int, default=4, metavar="N", help="at a time (%(default)s)")
+    parser.add_argument("--processor-time", action="store_true", help="seconds of the processor, on one of its cores")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.processor_time else "cpu")
+    if args.processor_time:
+        torch.set_num_threads(1)
+        clock.seconds = clock.processor_seconds  # for the estimate, too
     dtype = resolve_dtype("auto", gpu=device.type == "cuda")
     rate = product_rate(dtype, device)
     print(f"{dtype} on {device.type}: a product of {SIZE} x {SIZE} matrices has {rate / 1e12:.2f} T multiply-adds/s\n")

@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -54,13 +52,6 @@ def untrained(adapter: Adapter, cut: int) -> Bundle:
         "grid": adapter.grid,
     }
     return Bundle(about, asdict(PredictorConfig(adapter.grid, adapter.width, prefix_tokens=adapter.prefix_tokens)))
-
-
-def processor_seconds(what: Callable[[], object], device: torch.device) -> float:
-    """As `clock.seconds`, of the processor alone."""
-    start = time.process_time()
-    what()
-    return time.process_time() - start
 
 
 def image_tower(name: str) -> Any:
@@ -115,7 +106,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() and not args.processor_time else "cpu")
     if args.processor_time:
         torch.set_num_threads(1)
-    timer = processor_seconds if args.processor_time else clock.seconds
+    timer = clock.processor_seconds if args.processor_time else clock.seconds
     dtype = loading.resolve_dtype(args.dtype, device.type == "cuda")
     print(f"{latency.device_name(device, torch.get_num_threads())}, {str(dtype).removeprefix('torch.')}")
     print("model     batch  keep  method            ms/batch  speed-up  predicted  share")

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LOGIT_BYTES = 8 << 20  # at once, on a CPU
+
 
 def attend(
     query: Tensor,
@@ -17,18 +19,40 @@ def attend(
 ) -> Tensor:
     """softmax(query key^T / sqrt(d) + bias) value, with gates: (C, heads, q, d), twice (C, heads, n, d) -> the first's.
 
-    Fused, except with gates and in bfloat16 on a CPU, where that is slow.
+    Fused, except with gates, and in bfloat16 on a CPU: there PyTorch's kernel takes twice the time of two products of
+    matrices on logits that fit the cache, so a few heads or images have theirs at a time.
 
     Args:
         gates, bias: (C, n) each, or None; as of `Adapter.attention`.
         dropout: the share of attention weights that are dropped, the others raised to make up for it.
     """
-    added = None if bias is None else bias.to(query.dtype)[:, None, None]  # (C, 1, 1, n)
-    if gates is None and not (query.device.type == "cpu" and query.dtype == torch.bfloat16):
+    slow = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    if gates is None and not slow:
+        added = None if bias is None else bias.to(query.dtype)[:, None, None]  # (C, 1, 1, n)
         return F.scaled_dot_product_attention(query, key, value, added, dropout)
-    # PyTorch's fused kernel takes twice the time of two matrix products in bfloat16; a chunk's weights fit the cache.
+    # What is traced or compiled is for other numbers of images, too.
+    if gates is not None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return _weighted(query, key, value, gates, bias, dropout)
+    one = query.shape[2] * key.shape[2] * query.itemsize  # bytes of a head's logits
+    images, heads = (max(1, LOGIT_BYTES // (one * each)) for each in (query.shape[1], 1))
+    rows = []
+    for image in range(0, len(query), images):
+        row = slice(image, image + images)
+        masked = None if bias is None else bias[row]
+        parts = [
+            _weighted(*(x[row, head : head + heads] for x in (query, key, value)), None, masked, dropout)
+            for head in range(0, query.shape[1], heads)
+        ]
+        rows.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _weighted(
+    query: Tensor, key: Tensor, value: Tensor, gates: Tensor | None, bias: Tensor | None, dropout: float
+) -> Tensor:
+    """`attend`, by two products of matrices."""
     logits = query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)  # (C, heads, q, n)
-    logits = logits if added is None else logits + added
+    logits = logits if bias is None else logits + bias.to(query.dtype)[:, None, None]
     if gates is None:
         weights = logits.softmax(dim=-1)
     else:
