@@ -39,10 +39,10 @@ def attend(
     for image in range(0, len(query), images):
         row = slice(image, image + images)
         masked = None if bias is None else bias[row]
-        parts = [
-            _weighted(*(x[row, head : head + heads] for x in (query, key, value)), None, masked, dropout)
-            for head in range(0, query.shape[1], heads)
-        ]
+        parts = []
+        for head in range(0, query.shape[1], heads):
+            q, k, v = (x[row, head : head + heads] for x in (query, key, value))
+            parts.append(_weighted(q, k, v, None, masked, dropout))
         rows.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
