@@ -41,7 +41,8 @@ def job(args: argparse.Namespace) -> EmbedJob:
     found = flags.read(EmbedJob, args)
     if not found.shards or not found.model.name:
         raise UserError("--shards and --model are needed: shards or a folder of images, and an open_clip name")
-    return replace(found, model=replace(found.model, name=assets.MODEL)) if found.model.name == "embedded" else found
+    name = found.model.name
+    return replace(found, model=replace(found.model, name=assets.EMBEDDED.get(name, name)))
 
 
 def show(summary: Summary, prog: str) -> None:
