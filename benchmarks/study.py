@@ -173,8 +173,10 @@ class Study:
             rates = []
             for keep in KEEP_RATES:
                 limit = scheduled_multiply_adds(adapter, {tower.cut: count_kept(tokens, keep)})
-                kept = next(m for m in range(tokens, 0, -1) if scheduled_multiply_adds(adapter, {cut: m}) <= limit)
+                kept = next((m for m in range(tokens, 0, -1) if scheduled_multiply_adds(adapter, {cut: m}) <= limit), 0)
                 rates.append(round(kept / tokens, 4))
+            if not all(rates):
+                continue  # the blocks before it cost more than all may
             flags = ["--cut", str(cut)]
             job = self._train(f"cut {cut}", self.args.steps, flags, rates=rates)
             yield Row("cuts", f"cut {cut}", [job], rates)
@@ -195,17 +197,11 @@ class Study:
         wanted += ["--predictor", str(self.folder / name), "--methods", "predictor", "--batch-sizes"]
         return "evaluate", [*wanted, "--keep-rates", *map(str, KEEP_RATES), "--out", str(out)], out
 
-    def _through(self, kept: int) -> float:
-        """Multiply-adds of an image in a step through the model. Backwards, where weights have no gradient, a linear
-        layer takes as many as forwards and the two products of attention take twice as many."""
+    def _through(self, kept: int) -> int:
+        """Multiply-adds of an image in a step through the model, forwards and backwards."""
         tower = self.images.tower
-        n = min(tower.num_tokens, kept + round(gating.NEXT * tower.num_tokens)) + tower.adapter.prefix_tokens
-
-        def block(tokens: int) -> int:
-            return tower.adapter.block_multiply_adds(tokens)
-
-        products = (block(2 * n) - 2 * block(n)) / 2  # what grows with the square of n
-        return (tower.adapter.depth - tower.cut) * (2 * block(n) + products)
+        there = min(tower.num_tokens, kept + round(gating.NEXT * tower.num_tokens))
+        return tower.suffix_multiply_adds(there) + tower.derivative_multiply_adds(there)
 
 
 def make(row: Row, kept: Path) -> None:
