@@ -5,7 +5,7 @@
     python benchmarks/study.py study --show --plot docs/teachers.png  # the rows so far, and the picture of the teachers
 
 teachers    what golden rankings add: --budgets times 374 steps of 16 images through the model, spent on such steps,
-            on golden rankings of as many images as that pays for, or half on rankings, which teach first
+            on rankings of as many images as that pays for, golden or by gates, or half on these, which teach first
 cuts        tokens leave before block 1, 2, 3 or 4, at as many multiply-adds; also golden, of --golden images a shard
 predictors  the predictor's width, token mixing, layers and readout
 tokens      how many learnable tokens stand beside the patches, and none without shifts
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -153,18 +154,20 @@ class Study:
     def _teachers(self, budget: float) -> Iterator[Row]:
         tower = self.images.tower
         a_step = BATCH * sum(self._through(count_kept(tower.num_tokens, keep)) for keep in KEEP_RATES) / len(KEEP_RATES)
-        a_ranking = estimate.multiply_adds(Searcher(tower, SearchConfig()))
         everything = budget * STEPS * a_step
+        there = math.ceil(sum(self.images.everything.rows) / len(self.args.shards))
         name = f"through the model, {budget:g}"
         yield Row("teachers", name, [self._train(name, round(budget * STEPS), [])], budget=budget)
-        for name, share in (("golden alone", 1.0), ("golden, then through the model", 0.5)):
-            each = max(1, int(share * everything / a_ranking / len(self.args.shards)))  # images a shard
-            left = everything - each * len(self.args.shards) * a_ranking
-            steps = round(budget * STEPS) if share == 1 else 2 * max(1, round(left / a_step))
-            searched = self._search(f"golden, {each} a shard", each)
-            flags = ["--golden", str(share)]
-            job = self._train(f"{name}, {budget:g}", steps, flags, golden=searched[2])
-            yield Row("teachers", f"{name}, {budget:g}", [searched, job], budget=budget)
+        for search, rank_by in (("golden", "effects"), ("by gates", "gates")):
+            a_ranking = estimate.multiply_adds(Searcher(tower, SearchConfig(rank_by=rank_by)))
+            for name, share in ((f"{search} alone", 1.0), (f"{search}, then through the model", 0.5)):
+                each = max(1, min(there, int(share * everything / a_ranking / len(self.args.shards))))  # images a shard
+                left = everything - each * len(self.args.shards) * a_ranking
+                steps = round(budget * STEPS) if share == 1 else 2 * max(1, round(left / a_step))
+                searched = self._search(f"{search}, {each} a shard", each, ["--rank-by", rank_by])
+                flags = ["--golden", str(share)]
+                job = self._train(f"{name}, {budget:g}", steps, flags, golden=searched[2])
+                yield Row("teachers", f"{name}, {budget:g}", [searched, job], budget=budget)
 
     def _cuts(self) -> Iterator[Row]:
         tower = self.images.tower
