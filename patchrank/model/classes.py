@@ -57,10 +57,10 @@ def read_names(path: str) -> list[str]:
         content = text.decode(_read(path, "--classes"))
     except ValueError as error:
         raise UserError(f"--classes {path}: {error}") from None
-    if path.endswith(".json"):
+    if path.lower().endswith(".json") or content.lstrip().startswith('["'):
         try:
             names = json.loads(content)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"--classes {path}: not JSON: {error}") from None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(f"--classes {path}: must be a JSON list of names, in the order of the labels")
