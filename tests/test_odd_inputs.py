@@ -117,7 +117,7 @@ REFUSED = {
     "both": ("path,label\na,1\nb,ant\n", "labels are either integers or names, but there are '1' and 'ant'"),
     "nan": ("path,label\na,1\nb,nan\n", "label nan is none; leave it empty where an image has none"),
     "NaN among names": ("path,label\na,ant\nb,NaN\n", "label NaN is none"),
-    "a quote not closed": ('path,label\na,"ant\nb,bee\n', "cannot be read (unexpected end of data)"),
+    "a quote not closed": ('path,label\na,"ant\nb,bee\n', "cannot be read (a quote is not closed)"),
     "a quote closed late": ('path,label\na,"ant\nb,bee"\nc,cat\n', "line 3: a line break in 'ant\\nb,bee': a quote"),
     "tabs": ("path\tlabel\na\t1\n", "separate columns by commas, not by '\\t'"),
     "nothing": ("", "its first line is blank, and names the columns: path and others"),

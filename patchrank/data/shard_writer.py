@@ -137,7 +137,10 @@ def from_csv(
                 if broken := next((field for field in (path, label) if re.search(r"[\r\n]", field)), None):
                     raise UserError(f"{file}, line {rows.line_num}: a line break in {broken!r}: a quote is not closed")
                 lines.append((rows.line_num, path, label))
-    except (OSError, ValueError, csv.Error) as error:
+    except csv.Error as error:
+        told = "a quote is not closed" if "end of data" in str(error) else one_line(error)
+        raise UserError(f"{file}: cannot be read ({told})") from None
+    except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({one_line(error)})") from None
     if not lines:
         raise UserError(f"{file}: no rows")

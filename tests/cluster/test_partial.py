@@ -27,6 +27,7 @@ from patchrank.store.partial import Partial, kept
 
 pytest_plugins = ["s3", "tiny_results"]
 
+CHEAP = ["--steps", "1"]
 COUNT = 500
 FIRST, SECOND = 253, 405  # where an actor and a driver are lost
 
@@ -48,6 +49,15 @@ def one(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def whole(data, one, address, tmp_path_factory):
+    """The search of that shard which nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    done = search_here(data, out, *CHEAP, shards=one, address=address)
+    assert done.returncode == 0, done.stderr
+    return content(out)
+
+
 def content(out):
     """The rows of a folder, and its rejects, whatever the place of the shard."""
     corpus = rankings.open(str(out))
@@ -63,12 +73,9 @@ def kept_rows(folder, shard, about=None):
 
 
 @pytest.mark.parametrize("where", ["disk", "bucket"])
-def test_a_lost_actor_and_a_lost_driver_cost_a_part_of_the_shard(data, one, address, hold, tmp_path, s3_bucket, where):
-    cheap = ["--steps", "1"]
-    undisturbed = search_here(data, tmp_path / "undisturbed", *cheap, shards=one, address=address)
-    assert undisturbed.returncode == 0, undisturbed.stderr
+def test_a_lost_actor_and_a_lost_driver_cost_a_part_of_it(data, one, whole, address, hold, tmp_path, s3_bucket, where):
     shard, out = str(one), str(tmp_path / "out")
-    flags = ["--actors", "1", "--keep-work", "0", *cheap, "--address", address]
+    flags = ["--actors", "1", "--keep-work", "0", *CHEAP, "--address", address]
     if where == "bucket":  # whose endpoint a Ray of their own knows
         shard, out, flags = f"{s3_bucket}/w.tar", f"{s3_bucket}/out", flags[:-2]
         boto3.client("s3").upload_file(str(one), s3_bucket.removeprefix("s3://"), "w.tar")
@@ -93,7 +100,7 @@ def test_a_lost_actor_and_a_lost_driver_cost_a_part_of_the_shard(data, one, addr
     assert last.returncode == 0, last.stderr
     there, rest = made_before(SECOND), COUNT - 1 - made_before(SECOND)
     assert re.search(rf"images +{rest} ranked, {there} kept from tries that were cut off, 1 rejected", last.stdout)
-    assert content(out) == content(tmp_path / "undisturbed")
+    assert content(out) == whole
     assert kept(Folder(out), [shard]) == set()
 
 
