@@ -19,6 +19,7 @@ from patchrank import flags
 from patchrank.data import images, shards
 from patchrank.errors import UserError
 from patchrank.model import checkpoint, classes
+from patchrank.pruning.bundle import Bundle
 from patchrank.store.folder import Reject
 
 
@@ -102,6 +103,23 @@ def test_samples_whose_files_or_names_are_not_as_wanted(tmp_path):
         Reject("b", "only json here, and its image came before: a sample's files must be adjacent"),
         Reject("d", none + "cls; a sample's files must be adjacent"),
     ]
+
+
+def test_lists_bundles_and_class_embeddings_of_something_else_are_named(tmp_path):
+    """Class names in the place of a list of shards, what was not fetched in that of the others."""
+    (tmp_path / "names.txt").write_text("t-shirt\n")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/names.txt: t-shirt: no such folder or shard; a shard's name"):
+        shards.expand([str(tmp_path / "names.txt")])
+    (tmp_path / "config.json").write_bytes(POINTER)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/config.json: a pointer of Git LFS, not the file itself"):
+        Bundle.open(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"Entry not found")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/model.safetensors: a text that begins 'Entry not found'"):
+        Bundle.open(str(tmp_path))
+    (tmp_path / "classes.npz").write_bytes(PAGE)
+    with pytest.raises(UserError, match=r"^--class-embeddings .*/classes.npz: a web page, not the file itself"):
+        classes.from_file(str(tmp_path / "classes.npz"), 4)
 
 
 @pytest.mark.parametrize("given", ["~/x", "--out=~/x", "--out ~/x"])

@@ -246,7 +246,10 @@ def _listed(path: str, query: str, lists: tuple[str, ...]) -> Iterator[str]:
         if line and not line.startswith("#"):
             relative = storage.is_local(line) and not os.path.isabs(os.path.expanduser(line.removeprefix("file://")))
             spec, base = (line + query, os.path.dirname(path)) if relative else (line, "")
-            yield from _expand(spec, (*lists, path), base)
+            try:
+                yield from _expand(spec, (*lists, path), base)
+            except UserError as error:
+                raise UserError(str(error) if str(error).startswith(path) else f"{path}: {error}") from None
 
 
 def _join(base: str, name: str) -> str:
