@@ -19,7 +19,7 @@ from patchrank.store.storage import one_line
 POLL_SECONDS = 1.0
 ROOM_SECONDS = 5.0  # between two looks for new nodes
 SILENT_SECONDS = 300.0  # an actor that does not answer for so long hangs: it is killed, and its item goes to another
-ATTEMPTS = 3  # how often an item may fail, or cost its actor's life, before it is set aside; or an actor fail to start
+ATTEMPTS = 3  # how often an item may fail or cost its actor's life, and get no further; or an actor fail to start
 PATIENCE = 600.0  # without any actor
 
 
@@ -81,7 +81,7 @@ class Pool:
         self._condemned: dict[Any, str] = {}  # actor -> its process that was killed: that takes a moment
         self._busy: dict[Any, tuple[Any, str]] = {}  # call -> actor, item
         self._killed: set[Any] = set()  # calls that end because another item of their actor failed
-        self._failures: Counter[str] = Counter()  # by item
+        self._failures: dict[str, int] = {}  # by item that has failed, since it last got further
         self._asked: dict[Any, tuple[Any, float]] = {}  # call -> the progress() of its item, and since when
         self._progress: dict[str, Any] = {}  # item in work -> what its actor last said
         self._failed_starts: Counter[Any] = Counter()  # by actor
@@ -97,7 +97,12 @@ class Pool:
         return {item: self._progress.get(item) for _, item in self._busy.values()}
 
     def run(
-        self, method: str, items: Sequence[str], *arguments: Any, tick: Callable[[], None] = lambda: None
+        self,
+        method: str,
+        items: Sequence[str],
+        *arguments: Any,
+        tick: Callable[[], None] = lambda: None,
+        further: Callable[[str], bool] = lambda item: False,
     ) -> Iterator[tuple[str, Any]]:
         """Call `actor.method(shared, item, *arguments)` for every item, in any order.
 
@@ -106,10 +111,13 @@ class Pool:
             items: what to work through.
             arguments: the same for every item; Ray resolves object references among them.
             tick: called about every `POLL_SECONDS`.
+            further: asked of an item that has failed, whether it has got further since this was last asked, so that
+                the next actor goes on from there. Then it is not the item's fault.
 
         Yields:
             (item, result) as calls end; the result is a `Failed` where the method raised or the actor died `ATTEMPTS`
-            times: before that it may be the actor's device or machine. A `Failed` that the method returns is final.
+            times and the item got no further: before that it may be the actor's device or machine. A `Failed` that the
+            method returns is final.
 
         Raises:
             UserError: no actor can be started, or none came back.
@@ -158,7 +166,7 @@ class Pool:
                         self._down(idle)  # lost with it, perhaps: without a call at work nobody would notice
                     failure = f"its worker died {ATTEMPTS} times: {_last_line(error)}"
                 if failure is not None:
-                    self._failures[item] += 1
+                    self._failures[item] = 0 if further(item) else self._failures.get(item, 0) + 1
                     if self._failures[item] < ATTEMPTS:
                         waiting.append(item)  # last: if it is the item's fault, the others are done first
                         continue
@@ -179,10 +187,10 @@ class Pool:
         """The actor that is to have the next of the items that wait, one with the fewest; None while all are busy."""
         held: Counter[Any] = Counter()
         for actor, item in self._busy.values():
-            held[actor] += self._at_once if self._failures[item] else 1
+            held[actor] += self._at_once if item in self._failures else 1
         # A second item is for when there are enough: nobody shall wait for an item that another could have done.
         enough = len(waiting) >= len(self._up) + len(self._starting)
-        most = self._at_once if enough and not self._failures[waiting[0]] else 1
+        most = self._at_once if enough and waiting[0] not in self._failures else 1
         actor = min(self._up, key=lambda actor: held[actor], default=None)
         return actor if actor is not None and held[actor] < most else None
 

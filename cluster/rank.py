@@ -181,7 +181,7 @@ def work_through(
             meter.show(pool.running(), pool.actors_up)
 
         try:
-            for uri, report in pool.run(method, todo, plan, tick=show):
+            for uri, report in pool.run(method, todo, plan, tick=show, further=partial.Watch(folder).grown):
                 if isinstance(report, Failed):
                     summary.failures[uri] = report.reason
                     if uri not in again:

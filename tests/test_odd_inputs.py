@@ -2,34 +2,26 @@
 
 Others of these kinds: images in tests/data/test_images.py and tests/model/test_preprocessing.py, labels and captions in
 tests/data/test_shards.py, CSV files and links in tests/jobs/test_make_shards.py, files in a folder of rankings in
-tests/store/test_strange_files.py, checkpoints in tests/model/test_checkpoint.py.
+tests/store/test_strange_files.py, checkpoints in tests/model/test_checkpoint.py, messages in tests/test_odd_messages.py
 """
 
 from __future__ import annotations
 
-import argparse
-import gzip
 import io
-import json
 import struct
 import subprocess
 import sys
-import tarfile
-import zipfile
 
 import numpy as np
 import pytest
 import torch
 from here import ROOT
 from PIL import Image
-from tiny_shards import tar
 
-from patchrank import flags
 from patchrank.data import images, shard_writer, shards
 from patchrank.errors import UserError
-from patchrank.model import checkpoint, classes
-from patchrank.store import text
-from patchrank.store.folder import Reject
+from patchrank.model import classes
+from patchrank.store import storage, text
 
 
 def encoded(image, form="PNG", **options):
@@ -105,6 +97,10 @@ ROWS = {
     "UTF-16": ("path,label\na,3\n".encode("utf-16"), [3]),
     "a mark": ("path,label\na,3\n".encode("utf-8-sig"), [3]),
     "Excel": ("path,label,,\r\na,3,,\r\n", [3]),
+    "Excel's floats": ("path,label\na,1.00E+01\nb,2.00E+00\n", [10, 2]),
+    "joined files": ("\ufeffpath,label\na,\ufeff3\n", [3]),
+    "quotes": ('"path","label"\n"a, b","3"\n', [3]),
+    "lines of CR": ("path,label\ra,3\r", [3]),
 }
 
 
@@ -118,7 +114,15 @@ def test_labels_of_a_csv(tmp_path, kind, capsys):
 REFUSED = {
     "floats": ("path,label\na,0.5\nb,1.5\n", "label 0.5 is a number, but not an integer of up to nine digits"),
     "large": ("path,label\na,12345678901\nb,1\n", "label 12345678901 is a number, but not an integer of up to"),
-    "both": ("path,label\na,1\nb,nan\n", "labels are either integers or names, but there are '1' and 'nan'"),
+    "both": ("path,label\na,1\nb,ant\n", "labels are either integers or names, but there are '1' and 'ant'"),
+    "nan": ("path,label\na,1\nb,nan\n", "label nan is none; leave it empty where an image has none"),
+    "NaN among names": ("path,label\na,ant\nb,NaN\n", "label NaN is none"),
+    "a quote not closed": ('path,label\na,"ant\nb,bee\n', "cannot be read (a quote is not closed)"),
+    "a quote closed late": ('path,label\na,"ant\nb,bee"\nc,cat\n', "line 3: a line break in 'ant\\nb,bee': a quote"),
+    "tabs": ("path\tlabel\na\t1\n", "separate columns by commas, not by '\\t'"),
+    "nothing": ("", "its first line is blank, and names the columns: path and others"),
+    "a blank line": ("\npath,label\na,1\n", "its first line is blank"),
+    "Git LFS": ("version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "a pointer of Git LFS, not the file"),
     "two columns": ("path,label,label\na,1,2\n", "two columns are named 'label': take one out"),
     "commas": ("path,label\na,b.jpg,2\n", "line 2: more fields than the 2 columns; commas in a field need quotes"),
     "semicolons": ("path;label\na;1\n", "no column 'path', only path;label"),
@@ -133,6 +137,12 @@ def test_a_csv_that_would_give_other_labels_is_refused(tmp_path, kind):
     with pytest.raises(UserError) as error:
         from_csv(tmp_path, content)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("label", ["3,0", "1_0", "1 000", "٣", "1.0e1"])
+def test_names_that_look_like_numbers_are_told(tmp_path, capsys, label):
+    assert from_csv(tmp_path, f'path,label\na,"{label}"\n') == ([0], [label])
+    assert f"label {label} is taken for the name of a class, not for a number" in capsys.readouterr().err
 
 
 def test_labels_in_a_column_of_another_name_are_told(tmp_path, capsys):
@@ -156,6 +166,15 @@ def test_a_shard_by_two_paths_is_read_once(tmp_path, capsys):
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 3
     assert told[0] == f"warning: {tmp_path}/latest.tar: left out, as it is {tmp_path}/a.tar by another path"
+    assert shards.expand([f"{tmp_path}//a.tar/", f"file://{tmp_path}/./a.tar"]) == [f"{tmp_path}/a.tar"]
+
+
+@pytest.mark.parametrize("uri", ["s3://b//d/a.tar", "s3://b/d/a.tar/", "s3://b/d/x/../a.tar", "s3://b/./d//a.tar"])
+def test_a_bucket_s_shard_has_one_name(uri):
+    assert (
+        storage.absolute(uri) == "s3://b/d/a.tar" and storage.absolute(f"{uri}?region=x") == "s3://b/d/a.tar?region=x"
+    )
+    assert storage.absolute("https://h//a/../b") == "https://h//a/../b"  # a server may mean something by it
 
 
 def test_prototypes_of_images_without_labels_are_refused():
@@ -165,7 +184,16 @@ def test_prototypes_of_images_without_labels_are_refused():
 
 NUMBERS = {
     **{"7": 7, " 42\r\n": 42, "-1": -1, "3.0": 3, "04": 4, "+3": 3, "-0.0": 0, "1.10e+01": 11, "1e+09": None},
-    **{"999999999": 999_999_999, "1000000000": None, "3.5": None, "1_0": None, "٣": None, "": None, "1e5": None},
+    **{
+        "1.10E+01": 11,
+        "999999999": 999_999_999,
+        "1000000000": None,
+        "3.5": None,
+        "1_0": None,
+        "٣": None,
+        "": None,
+        "1e5": None,
+    },
 }
 
 
@@ -200,6 +228,26 @@ def test_class_names_and_list_files(tmp_path, encoding):
         shards.expand([str(listed)])
 
 
+NAMES_FILES = {
+    "marks inside": ("ant\n\ufeffbee\n", ["ant", "bee"]),
+    "JSON named .txt": ('["ant", "bee"]', ["ant", "bee"]),
+    "Git LFS": ("version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "a pointer of Git LFS, not the file"),
+    "a web page": ("<!-- 1 --><!doctype html>", "a web page, not the file itself"),
+    "deep JSON": ('["' + "[" * 100_000, "not JSON: "),
+}
+
+
+@pytest.mark.parametrize("kind", NAMES_FILES)
+def test_files_of_class_names(tmp_path, kind):
+    content, expected = NAMES_FILES[kind]
+    (tmp_path / "names.txt").write_text(content)
+    if isinstance(expected, list):
+        assert classes.read_names(str(tmp_path / "names.txt")) == expected
+        return
+    with pytest.raises(UserError, match=f"names.txt: {expected}"):
+        classes.read_names(str(tmp_path / "names.txt"))
+
+
 def test_class_names_keep_their_places(tmp_path):
     """Unicode breaks lines where editors do not; and what is left out gives all that follow another's name."""
     (tmp_path / "names.txt").write_bytes("a\u2028b\rc\x85d\r\ne\n\n".encode())
@@ -224,10 +272,17 @@ WIDE = {
 
 
 @pytest.mark.parametrize("kind", WIDE)
-def test_integers_of_32_bits(kind):
+def test_integers_of_more_than_8_bits(kind):
     pixels, expected = WIDE[kind]
     found = np.asarray(images.decode(encoded(Image.fromarray(pixels.reshape(14, 18)), "TIFF")))
     np.testing.assert_array_equal(found, np.repeat(expected.reshape(14, 18, 1), 3, axis=2))
+
+
+def test_white_may_be_zero_in_16_bits():
+    """Pillow minds that in fewer bits alone."""
+    gray = np.arange(252, dtype=np.uint16).reshape(14, 18)
+    data = encoded(Image.fromarray(0xFFFF - gray * 257), "TIFF", tiffinfo={262: 0})
+    np.testing.assert_array_equal(np.asarray(images.decode(data))[..., 0], gray)
 
 
 @pytest.mark.parametrize(
@@ -236,91 +291,3 @@ def test_integers_of_32_bits(kind):
 def test_pixels_of_no_known_range_are_refused(pixels):
     with pytest.raises(ValueError, match="pixels have no known range"):
         images.decode(encoded(Image.fromarray(pixels), "TIFF"))
-
-
-# --- J: messages
-
-
-def zipped():
-    with zipfile.ZipFile(stream := io.BytesIO(), "w") as archive:
-        archive.writestr("a.jpg", b"i")
-    return stream.getvalue()
-
-
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n"
-PAGE = b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>"
-NO_TARS = {
-    "zip": (zipped(), "a zip file, and shards are tars: unpack it"),
-    "Parquet": (b"PAR1" + bytes(900), "a Parquet file, and shards are tars"),
-    "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(900), "a 7z file, and shards are tars"),
-    "lz4": (b"\x04\x22\x4d\x18" + bytes(900), "compressed by lz4, and tars are read plain or by gzip: decompress it"),
-    "Git LFS": (POINTER, "a pointer of Git LFS, not the file itself: `git lfs pull` fetches it"),
-    "a web page": (PAGE, "a web page, not the file itself: download it again"),
-    "a photo": (encoded(Image.new("RGB", (30, 30))), "not a tar, or "),
-    "empty": (b"", "the file is empty"),
-    "a gzip of no tar": (gzip.compress(b"words" * 500), "not a tar, or "),
-}
-
-
-@pytest.mark.parametrize("kind", NO_TARS)
-def test_what_is_no_tar_is_named(tmp_path, kind):
-    content, words = NO_TARS[kind]
-    (tmp_path / "a.tar").write_bytes(content)
-    with pytest.raises(shards.ShardError) as error:
-        list(shards.read(str(tmp_path / "a.tar")))
-    assert str(error.value).startswith(words) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["BZh1.jpg", "PK.jpg", "PAR1.jpg", "<html>.jpg", "Rar!.jpg"])
-@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_a_tar_may_begin_with_any_name(tmp_path, name, form):
-    (tmp_path / "a.tar").write_bytes(tar((name, b"i"), format=form))
-    ((sample),) = shards.read(str(tmp_path / "a.tar"))
-    assert sample.key == name.removesuffix(".jpg")
-
-
-def test_images_and_weights_that_were_not_fetched_are_named(tmp_path):
-    for content, words in ((POINTER, "a pointer of Git LFS"), (PAGE, "a web page")):
-        with pytest.raises(ValueError, match=f"^{words}"):
-            images.decode(content)
-        (tmp_path / "weights.pt").write_bytes(content)
-        with pytest.raises(UserError, match=f"^--pretrained {tmp_path}/weights.pt: {words}"):
-            checkpoint.read(str(tmp_path / "weights.pt"))
-
-
-@pytest.mark.parametrize("holder", ["state_dict_ema", "model_ema", "ema"])
-def test_averaged_weights_are_found(tmp_path, holder):
-    state = {"visual.conv1.weight": torch.ones(2), "logit_scale": torch.ones(1)}
-    torch.save({"epoch": 1, holder: {f"module.{key}": value for key, value in state.items()}}, tmp_path / "w.pt")
-    found, wrapped = checkpoint.read(str(tmp_path / "w.pt"))
-    assert wrapped and found.keys() == state.keys()
-
-
-def test_samples_whose_files_or_names_are_not_as_wanted(tmp_path):
-    content = tar(("a.v1.jpg", b"i"), ("b.jpg", b"i"), ("c.tiff", b"i"), ("c.txt", b"t"), ("b.json", b"{}"))
-    (tmp_path / "a.tar").write_bytes(content)
-    none = "no image (jpg, jpeg, png, webp) in the sample, only "
-    assert [sample for sample in shards.read(str(tmp_path / "a.tar")) if isinstance(sample, Reject)] == [
-        Reject("a", none + "v1.jpg; a key ends at the first dot of the file name"),
-        Reject("c", none + "tiff, txt"),
-        Reject("b", "only json here, and its image came before: a sample's files must be adjacent"),
-    ]
-
-
-@pytest.mark.parametrize("given", ["~/x", "--out=~/x", "--out ~/x"])
-def test_the_home_folder_may_be_written_short(monkeypatch, given):
-    monkeypatch.setenv("HOME", "/home/me")
-    parser = flags.parser("test", None)
-    assert isinstance(parser, argparse.ArgumentParser)
-    parser.add_argument("--out")
-    parser.add_argument("folder", nargs="?")
-    found = vars(parser.parse_args(given.split()))
-    assert {value for value in found.values() if value} == {"/home/me/x"}
-    assert parser.parse_args(["a~/b", "--out=b/~"]).folder == "a~/b"
-
-
-def test_json_with_class_names_of_another_kind(tmp_path):
-    for content, words in ((json.dumps({"0": "ant"}), "must be a JSON list of names"), ("ant\nbee", "not JSON")):
-        (tmp_path / "names.json").write_text(content)
-        with pytest.raises(UserError, match=words):
-            classes.read_names(str(tmp_path / "names.json"))

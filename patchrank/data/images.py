@@ -8,11 +8,13 @@ import math
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from patchrank.store.storage import one_line, stand_in
+from patchrank.store.storage import one_line
+from patchrank.store.unfetched import stand_in
 
 # What files named .jpg, .png and .webp hold in practice. Not all that Pillow can open: it starts Ghostscript for EPS.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _TILE = (322, 323)  # tags of a TIFF: width and length of its tiles
+_WHITE_IS_ZERO = (262, 0)  # likewise, and how it says so
 MAX_PIXELS = 89_478_485  # as Pillow has it: a quarter of a gigabyte in RGB
 
 
@@ -46,7 +48,7 @@ def decode(data: bytes) -> Image.Image:
             image.load()
             return _rgb(image)
     except UnidentifiedImageError:
-        raise ValueError(stand_in(data[:64]) or f"not an image ({', '.join(FORMATS)})") from None
+        raise ValueError(stand_in(data[:512], binary=True) or f"not an image ({', '.join(FORMATS)})") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # which do not know of the flag
         raise ValueError(f"cannot be decoded: {one_line(error).partition(',')[0]} (--max-pixels)") from None
     except MemoryError:  # the machine's trouble, not the image's
@@ -61,7 +63,10 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # "I;16", "I;16B"; "I" is 32-bit
         pixels = np.asarray(image)  # (H, W), uint16 or int32
         if pixels.min() < 0 or pixels.max() > 0xFFFF:
-            raise ValueError("32-bit pixels have no known range")
+            raise ValueError(f"integer pixels have no known range ({pixels.min()} to {pixels.max()})")
+        tag, value = _WHITE_IS_ZERO
+        if getattr(image, "tag_v2", {}).get(tag) == value:  # which Pillow minds in fewer bits alone
+            pixels = 0xFFFF - pixels
         eight_bits = image.mode == "I" and pixels.max() <= 0xFF  # 32 bits wide, and no 16-bit image, which is "I;16"
         image = Image.fromarray((pixels if eight_bits else pixels >> 8).astype(np.uint8))
     if image.mode == "P":

@@ -113,12 +113,16 @@ def from_csv(
     """
     try:
         with io.StringIO(text.decode(Path(file).read_bytes()), newline="") as stream:
-            rows = csv.DictReader(stream)
+            rows = csv.DictReader(stream, strict=True)
             rows.fieldnames = header = [name.strip() for name in rows.fieldnames or []]
+            if not any(header):
+                raise UserError(f"{file}: its first line is blank, and names the columns: {path_column} and others")
             columns = [path_column, *([label_column] if label_column else [])]
             for column in columns:
                 if column not in header:
-                    raise UserError(f"{file}: no column {column!r}, only {', '.join(header)}")
+                    others = next((mark for mark in ";\t|" if mark in header[0]), None)
+                    advice = f"; separate columns by commas, not by {others!r}" if others else ""
+                    raise UserError(f"{file}: no column {column!r}, only {', '.join(header)}{advice}")
             if double := next((name for name in (path_column, label_column or LABEL) if header.count(name) > 1), None):
                 raise UserError(f"{file}: two columns are named {double!r}: take one out")
             lines = []
@@ -129,8 +133,14 @@ def from_csv(
                         "need quotes around it"
                     )
                 label = (row.get(label_column or LABEL) or "").strip()
-                lines.append((rows.line_num, row[path_column] or "", label))
-    except (OSError, ValueError, csv.Error) as error:
+                path = row[path_column] or ""
+                if broken := next((field for field in (path, label) if re.search(r"[\r\n]", field)), None):
+                    raise UserError(f"{file}, line {rows.line_num}: a line break in {broken!r}: a quote is not closed")
+                lines.append((rows.line_num, path, label))
+    except csv.Error as error:
+        told = "a quote is not closed" if "end of data" in str(error) else one_line(error)
+        raise UserError(f"{file}: cannot be read ({told})") from None
+    except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({one_line(error)})") from None
     if not lines:
         raise UserError(f"{file}: no rows")
@@ -138,6 +148,8 @@ def from_csv(
         if not path:
             raise UserError(f"{file}, line {number}: no path")
     labels = sorted({label for _, _, label in lines if label})
+    if missing := next((label for label in labels if label.lower() in ("nan", "<na>")), None):
+        raise UserError(f"{file}: label {missing} is none; leave it empty where an image has none")
     numbers = {label: text.label(label) for label in labels}
     if odd := next((label for label in labels if numbers[label] is None and text.is_number(label)), None):
         raise UserError(f"{file}: label {odd} is a number, but not an integer of up to nine digits")
@@ -149,6 +161,8 @@ def from_csv(
         raise UserError(f"{file}: label {negative} is negative; leave it empty where an image has none")
     if not integers:
         numbers = {label: index for index, label in enumerate(labels)}
+        if like := next((label for label in labels if re.fullmatch(r"[+-]?\d[\d.,_' ]*([eE][+-]?\d+)?", label)), None):
+            print(f"warning: {file}: label {like} is taken for the name of a class, not for a number", file=sys.stderr)
     if labels == [] and label_column is None and LABEL not in header and len(header) > 1:
         others = ", ".join(name for name in header if name != path_column)
         print(f"warning: {file}: no column {LABEL!r}, only {others}: no image has a label", file=sys.stderr)

@@ -15,7 +15,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, Self, cast
+from typing import Self, cast
 from urllib.parse import urlsplit
 
 from braceexpand import braceexpand
@@ -29,6 +29,7 @@ from patchrank.errors import UserError
 from patchrank.store import storage, text
 from patchrank.store.folder import Reject
 from patchrank.store.storage import one_line
+from patchrank.store.unfetched import stand_in
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 LIST_SUFFIXES = (".txt", ".list")
@@ -45,7 +46,9 @@ _LONG_HEADERS = (
 _MAX_TEXT = 1 << 20  # bytes of a label or of a header
 _COMPRESSED = {b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2", b"\x04\x22\x4d\x18": "lz4"}
 _ARCHIVES = {b"PK\x03\x04": "zip", b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!\x1a\x07": "rar", b"PAR1": "Parquet"}
+_GZIP = b"\x1f\x8b"
 _NO_TARS = {
+    _GZIP: "compressed by gzip twice: decompress it once",
     **{
         magic: f"compressed by {kind}, and tars are read plain or by gzip: decompress it"
         for magic, kind in _COMPRESSED.items()
@@ -194,9 +197,9 @@ def _expand(spec: str, lists: tuple[str, ...], base: str = "") -> Iterator[str]:
                 raise UserError(f"{word}: https:// cannot be listed; name shards by braces or in a list file")
             slash = name.rfind("/", 0, wildcard.start()) + 1
             yield from _matches(word, storage.absolute(_join(base, name[:slash])), name[slash:], query)
-        elif path.endswith(LIST_SUFFIXES):
+        elif path.lower().endswith(LIST_SUFFIXES):
             yield from _listed(path, query, lists)
-        elif path.endswith(SHARD_SUFFIXES):
+        elif path.lower().endswith(SHARD_SUFFIXES):
             yield path + query  # not looked up: that would be a request for each of thousands of shards
         elif (kind := _info(path + query).type) == fs.FileType.Directory:
             images = image_folder.folders(path) if storage.is_local(path) and not any(_glob(path, ["*"], "")) else []
@@ -228,7 +231,7 @@ def _glob(folder: str, patterns: list[str], query: str) -> Iterator[str]:
         if len(patterns) > 1:
             if info.type == fs.FileType.Directory:
                 yield from _glob(uri, patterns[1:], query)
-        elif info.type == fs.FileType.File and name.endswith(SHARD_SUFFIXES):
+        elif info.type == fs.FileType.File and name.lower().endswith(SHARD_SUFFIXES):
             yield uri + query
 
 
@@ -243,7 +246,10 @@ def _listed(path: str, query: str, lists: tuple[str, ...]) -> Iterator[str]:
         if line and not line.startswith("#"):
             relative = storage.is_local(line) and not os.path.isabs(os.path.expanduser(line.removeprefix("file://")))
             spec, base = (line + query, os.path.dirname(path)) if relative else (line, "")
-            yield from _expand(spec, (*lists, path), base)
+            try:
+                yield from _expand(spec, (*lists, path), base)
+            except UserError as error:
+                raise UserError(str(error) if str(error).startswith(path) else f"{path}: {error}") from None
 
 
 def _join(base: str, name: str) -> str:
@@ -288,15 +294,16 @@ def _samples(stream: io.BufferedReader) -> Iterator[tuple[str, dict[str, bytes],
     start = stream.peek(tarfile.BLOCKSIZE)[: tarfile.BLOCKSIZE]
     if not start:
         raise ShardError("the file is empty")
-    if start[257:262] != b"ustar":  # a tar begins with a file's name, which may be any
-        told = next((reason for magic, reason in _NO_TARS.items() if start.startswith(magic)), None)
-        if told := told or storage.stand_in(start):
-            raise ShardError(told)
-    archive = cast(BinaryIO, gzip.GzipFile(fileobj=stream) if start.startswith(b"\x1f\x8b") else stream)
+    archive = cast(io.BufferedReader, gzip.GzipFile(fileobj=stream)) if start.startswith(_GZIP) else stream
+    with contextlib.suppress(*_READ_ERRORS):  # that come again
+        start = archive.peek(tarfile.BLOCKSIZE)[: tarfile.BLOCKSIZE]
     # Names that are not UTF-8 must still give keys that can be stored.
     try:
         tar = tarfile.TarFile(fileobj=archive, tarinfo=_Header, encoding="utf-8", errors="backslashreplace")
-    except tarfile.ReadError as error:  # in the first header
+    except tarfile.ReadError as error:  # in the first header; that of a tar begins with a file's name, which may be any
+        told = next((reason for magic, reason in _NO_TARS.items() if start.startswith(magic)), None)
+        if told := told or stand_in(start, binary=True):
+            raise ShardError(told) from None
         raise tarfile.ReadError(f"not a tar, or {error}") from None
     key, files, problem = "", dict[str, bytes](), None
     while (member := tar.next()) is not None:
@@ -324,6 +331,8 @@ def _samples(stream: io.BufferedReader) -> Iterator[tuple[str, dict[str, bytes],
     while block := archive.read(_BUFFER):  # to the end: gzip has its checksum there
         if block.strip(b"\0"):
             raise tarfile.ReadError("data after the end-of-archive marker, as if several tars had been joined")
+        if not key and len(block) > tarfile.RECORDSIZE:  # tars of no file are one record, as all their tools write them
+            raise tarfile.ReadError("nothing but zeros, as of a download that was never filled in")
 
 
 def _sample(key: str, files: dict[str, bytes], seen: set[str]) -> Sample | Reject:
@@ -335,8 +344,11 @@ def _sample(key: str, files: dict[str, bytes], seen: set[str]) -> Sample | Rejec
         return Reject(key, "duplicate key in this shard; the first one was kept")
     if image is None:
         reason = f"no image ({', '.join(IMAGE_EXTENSIONS)}) in the sample, only {_excerpt(', '.join(files))}"
-        dotted = any(name.rpartition(".")[2] in IMAGE_EXTENSIONS for name in files)
-        return Reject(key, reason + ("; a key ends at the first dot of the file name" if dotted else ""))
+        if any(name.rpartition(".")[2] in IMAGE_EXTENSIONS for name in files):
+            reason += "; a key ends at the first dot of the file name"
+        elif set(files) <= {*LABEL_EXTENSIONS, CAPTION_EXTENSION}:
+            reason += "; a sample's files must be adjacent"
+        return Reject(key, reason)
     try:
         return Sample(key, image, _label(files), _captions(files))
     except ValueError as error:

@@ -21,6 +21,7 @@ from patchrank.errors import UserError
 from patchrank.model.loading import Model
 from patchrank.store import storage, text
 from patchrank.store.rankings import Rankings
+from patchrank.store.unfetched import stand_in
 
 CLASSES_FILE = "classes.safetensors"  # beside rankings or tokens: the class embeddings that they go with
 Template = Callable[[str], str]  # class name -> text
@@ -57,10 +58,10 @@ def read_names(path: str) -> list[str]:
         content = text.decode(_read(path, "--classes"))
     except ValueError as error:
         raise UserError(f"--classes {path}: {error}") from None
-    if path.endswith(".json"):
+    if path.lower().endswith(".json") or content.lstrip().startswith('["'):
         try:
             names = json.loads(content)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"--classes {path}: not JSON: {error}") from None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(f"--classes {path}: must be a JSON list of names, in the order of the labels")
@@ -226,6 +227,8 @@ def _split(spec: str) -> tuple[str, str | None]:
 
 def _arrays(path: str) -> dict[str, np.ndarray]:
     data = _read(path, "--class-embeddings")
+    if reason := stand_in(data[:512], binary=True):
+        raise UserError(f"--class-embeddings {path}: {reason}")
     try:
         if path.endswith(".npz"):
             with np.load(io.BytesIO(data), allow_pickle=False) as archive:

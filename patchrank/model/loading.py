@@ -124,6 +124,7 @@ def load(name: str, pretrained: str | None = None) -> Model:
             known = f" ({', '.join(tags)})" if tags else ""
             raise UserError(f"--model {name} needs --pretrained: a weights file or one of open_clip's tags{known}")
     with _quiet(), contextlib.ExitStack() as stack:
+        state: dict[str, Tensor] = {}
         image_tower, file = None, pretrained
         if schema is None and os.path.isfile(str(pretrained)) and not str(pretrained).endswith((".npz", ".npy")):
             state, wrapped = checkpoint.read(str(pretrained))
@@ -135,6 +136,12 @@ def load(name: str, pretrained: str | None = None) -> Model:
             )
         except Exception as error:  # open_clip raises what its libraries raise: network, file and shape errors alike
             raise UserError(f"--model {name} --pretrained {pretrained}: {_short(error)}") from None
+    for key, value in clip.state_dict().items() if not image_tower else ():
+        if key in state and key.endswith("positional_embedding") and len(state[key]) != len(value):  # it was resized
+            raise UserError(
+                f"--pretrained {pretrained}: its {key} is for {len(state[key])} tokens, and that of {name} for "
+                f"{len(value)}: it is of a model of another size"
+            )
     adapt(clip.visual, name)
     if image_tower:
         try:
@@ -148,9 +155,9 @@ def _checked(name: str, pretrained: str | None, clip: Any, has_text: bool) -> Mo
     """A model that was loaded. Raises UserError where its image tower cannot be cut or its weights make no sense."""
     adapter = adapt(clip.visual, name)
     asked = f"--model {name}" if pretrained is None else f"--model {name} --pretrained {pretrained}"
-    for key, value in clip.visual.state_dict().items():
-        if not value.isfinite().all():
-            raise UserError(f"{asked}: its weights visual.{key} are not all finite")
+    for key, value in clip.state_dict().items():
+        if (has_text or key.startswith("visual.")) and not value.isfinite().all():
+            raise UserError(f"{asked}: its weights {key} are not all finite")
     clip.eval().requires_grad_(False)
     fidelity.check(adapter, name)
     scale = clip.logit_scale.exp().item() if has_text else IMAGE_TOWER_LOGIT_SCALE

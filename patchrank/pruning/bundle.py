@@ -35,6 +35,7 @@ from patchrank.pruning import predictor, prompts
 from patchrank.pruning.predictor import Predictor, PredictorConfig
 from patchrank.pruning.prompts import TokensConfig, VisualTokens
 from patchrank.store import storage
+from patchrank.store.unfetched import stand_in
 
 FORMAT = "1"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -200,6 +201,10 @@ class Bundle(
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
         except (OSError, SafetensorError, ValueError, TypeError, LookupError, RuntimeError) as error:
+            for file in ("config.json", SAFETENSORS_SINGLE_FILE):
+                with contextlib.suppress(OSError), open(os.path.join(name, file), "rb") as there:
+                    if reason := stand_in(there.read(512), binary=file == SAFETENSORS_SINGLE_FILE):
+                        raise UserError(f"{os.path.join(name, file)}: {reason}") from None
             trouble = "not a bundle, or a damaged one:" if os.path.isdir(name) else "no such folder, and the hub says:"
             raise UserError(f"{name}: {trouble} {storage.one_line(error)[:200]}") from None
 

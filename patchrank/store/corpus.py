@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import sys
@@ -67,7 +68,10 @@ class Corpus:
     @functools.cached_property
     def dataset(self) -> ds.Dataset:
         """All rows, sorted by file."""
-        return self._dataset(self.folder, self.files)
+        found = self._dataset(self.folder, self.files)
+        if found is None:
+            raise UserError(f"{self.folder}: none of its Parquet files is the table of a shard")
+        return found
 
     @property
     def class_names(self) -> list[str] | None:
@@ -77,8 +81,8 @@ class Corpus:
     def rejects(self) -> pa.Table:
         """The samples that could not be used: `key`, `shard`, `reason`."""
         folder = self.home.beside("rejects")
-        files = parquet_files(folder)
-        return self._dataset(folder, files).to_table() if files else REJECTS_SCHEMA.empty_table()
+        found = self._dataset(folder, parquet_files(folder))
+        return REJECTS_SCHEMA.empty_table() if found is None else found.to_table()
 
     def shards(self) -> list[str]:
         """The URIs of the shards that have tables, sorted by their names."""
@@ -91,8 +95,9 @@ class Corpus:
             except (pa.ArrowException, OSError) as error:
                 raise self._unreadable(path, error) from None
 
+        files = self._named_as_tables(self.folder, self.files)
         with ThreadPoolExecutor(16) as pool:  # for buckets
-            found = dict(zip(self.files, pool.map(shard, self.files), strict=True))
+            found = dict(zip(files, pool.map(shard, files), strict=True))
         return [uri for name, uri in found.items() if uri and name in self._own(self.folder, found)]
 
     def shard(self, uri: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -145,18 +150,19 @@ class Corpus:
             raise UserError(f"{repo}: {storage.one_line(error)}") from None
         return f"hf://datasets/{repo}"
 
-    def _dataset(self, folder: str, names: Sequence[str]) -> ds.Dataset:
-        """A dataset over files of a folder, all of this job; what is no table of a shard is left out."""
+    def _dataset(self, folder: str, names: Sequence[str]) -> ds.Dataset | None:
+        """A dataset over files of a folder, all of this job, without those that are no table of a shard; or None."""
+        names = self._named_as_tables(folder, names)
+        if not names:
+            return None
         system, inner = storage.resolve(folder)
 
         def checked(fragment: ds.ParquetFileFragment) -> tuple[str, str | None]:
             name = fragment.path.rpartition("/")[2]
             path = storage.join(folder, name)
             try:
-                shard = _shard_of(fragment.metadata.metadata)
-                if shard is not None or _TABLE.search(name):
-                    self._check(path, fragment.metadata.metadata)
-                return name, shard
+                self._check(path, fragment.metadata.metadata)
+                return name, _shard_of(fragment.metadata.metadata)
             except (pa.ArrowException, OSError) as error:
                 raise self._unreadable(path, error) from None
 
@@ -168,28 +174,39 @@ class Corpus:
         with ThreadPoolExecutor(16) as pool:  # for buckets; a scan needs these footers anyway and finds them read
             found = dict(pool.map(checked, dataset.get_fragments()))
         own = self._own(folder, found)
-        if not own:
-            raise UserError(f"{folder}: none of its Parquet files is the table of a shard")
         return dataset if len(own) == len(names) else self._dataset(folder, own)
+
+    def _named_as_tables(self, folder: str, names: Sequence[str]) -> list[str]:
+        """Those of some files that may be tables by their names; the others, which anybody may have put there, are not
+        asked to be readable, and named on stderr."""
+        for name in names:
+            if not _TABLE.search(name):
+                system, path = storage.resolve(storage.join(folder, name))
+                shard = None
+                with contextlib.suppress(pa.ArrowException, OSError):
+                    shard = _shard_of(pq.read_metadata(path, filesystem=system).metadata)
+                self._leave_out(folder, name, _not_of(shard))
+        return [name for name in names if _TABLE.search(name)]
 
     def _own(self, folder: str, shards: Mapping[str, str | None]) -> list[str]:
         """Those of some files, by name, that are tables of shards, each shard once; the others are named on stderr."""
         own: dict[str, str] = {}  # by where a shard really is
         for name, shard in shards.items():
             place = None if shard is None else storage.place(shard)
-            if shard is None:
-                reason = "is no table of a shard"
-            elif name != file_name(shard):
-                reason = f"has another name than the table of its shard, {file_name(shard)}"
+            if shard is None or name != file_name(shard):
+                reason = _not_of(shard)
             elif place in own:
                 reason = f"is of the same shard as {own[place]}, by another path"
             else:
                 own[str(place)] = name
                 continue
-            if name not in self._named:
-                print(f"warning: {storage.join(folder, name)}: left out, as it {reason}", file=sys.stderr)
-                self._named.add(name)
+            self._leave_out(folder, name, reason)
         return list(own.values())
+
+    def _leave_out(self, folder: str, name: str, reason: str) -> None:
+        if name not in self._named:
+            print(f"warning: {storage.join(folder, name)}: left out, as it {reason}", file=sys.stderr)
+            self._named.add(name)
 
     def _check(self, path: str, metadata: Mapping[bytes, bytes] | None) -> None:
         theirs = (metadata or {}).get(FINGERPRINT.encode(), b"none").decode()
@@ -202,6 +219,13 @@ class Corpus:
     def _unreadable(self, path: str, error: BaseException) -> UserError:
         again = f"if it is damaged, delete it and {VERBS[self.kind]} again"
         return UserError(f"{path}: cannot be read ({storage.one_line(error)}); {again}")
+
+
+def _not_of(shard: str | None) -> str:
+    """Why a file is not the table of the shard that its metadata name."""
+    if shard is None:
+        return "is no table of a shard"
+    return f"has another name than the table of its shard, {file_name(shard)}"
 
 
 def _shard_of(metadata: Mapping[bytes, bytes] | None) -> str | None:

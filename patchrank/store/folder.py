@@ -38,6 +38,7 @@ PARTIAL = "_partial"  # other readers pass over what begins so
 REJECTS_SCHEMA = pa.schema([("key", pa.string()), ("shard", pa.string()), ("reason", pa.string())])
 
 _ADVICE = "give another --out, or delete the folder"
+_RECORD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*-[0-9a-f]{8}\.json")  # a record of a failure, and no copy of one
 VERBS: dict[Kind, str] = {"search": "search", "evaluation": "evaluate", "embedding": "embed", "training": "train"}
 
 
@@ -243,7 +244,7 @@ class Folder:
     def failures(self) -> list[dict[str, str]]:
         """The recorded failures, as {"shard", "error"}, sorted by shard."""
         place = self.beside("failed")
-        names = [info.base_name for info in storage.files(place) if info.base_name.endswith(".json")]
+        names = [info.base_name for info in storage.files(place) if _RECORD.fullmatch(info.base_name)]
         return sorted((_failure(place, name) for name in names), key=lambda record: record["shard"])
 
     @property
@@ -284,7 +285,7 @@ def parquet_files(folder: str) -> list[str]:
     Hidden ones do not count, nor those that begin with "_", which other readers skip as well.
     """
     # An upload to a bucket that dies before its first byte can leave an empty object: that is no file yet.
-    names = [info.base_name for info in storage.files(folder) if info.base_name.endswith(".parquet") and info.size]
+    names = [info.base_name for info in storage.files(folder) if info.extension.lower() == "parquet" and info.size]
     return [name for name in names if not name.startswith((".", "_"))]
 
 

@@ -99,6 +99,24 @@ def kept(folder: Folder, shards: Iterable[str]) -> set[str]:
     return {shard for shard in shards if _name(shard) in there} if there else set()
 
 
+class Watch:
+    """Tells whether the parts of a folder's shards grow.
+
+    Args:
+        folder: of results.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._seen: dict[str, list[int | None] | None] = {}
+
+    def grown(self, shard: str) -> bool:
+        """Whether there is a part of a shard, and another than when this was last asked."""
+        before = self._seen.get(shard)
+        self._seen[shard] = found = _file(self._folder.beside(PARTIAL, _name(shard)))
+        return found not in (None, [None, None], before)
+
+
 def remove(folder: Folder, shards: Iterable[str]) -> None:
     """Remove the parts of shards that have their table, and what was left half-written when a machine was lost."""
     for shard in kept(folder, shards):

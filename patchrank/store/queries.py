@@ -251,11 +251,12 @@ def select(connection: DuckDBPyConnection, sql: str) -> str:
     if len(statements) != 1 or statements[0].type not in kinds:
         raise UserError("one SELECT statement is wanted: a query only reads")
     text = statements[0].query
+    written = text.encode()  # of which places are counted in bytes
     for place, kind in reversed(duckdb.tokenize(text)):  # from the end: semicolons, and comments behind them
-        if text[place] != ";" and kind != duckdb.token_type.comment:
+        if written[place : place + 1] != b";" and kind != duckdb.token_type.comment:
             break
-        text = text[:place]
-    return text.rstrip()
+        written = written[:place]
+    return written.decode().rstrip()
 
 
 def notes(connection: DuckDBPyConnection, corpus: Rankings | Embeddings, query: Query) -> list[str]:

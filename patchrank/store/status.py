@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from patchrank.errors import UserError
-from patchrank.store import kinds, partial, storage
+from patchrank.store import kinds, partial, storage, text
 from patchrank.store.folder import Folder, file_name, find, parquet_files
 
 RUN_FILE, SHARDS_FILE = "run.json", "shards.txt"
@@ -107,8 +107,8 @@ class Status:
 
 def write_shards(folder: str, shards: Sequence[str]) -> None:
     """Note which shards a run is about, once its folder is prepared. Raises OSError where that cannot be written."""
-    text = "".join(f"{shard}\n" for shard in shards)
-    storage.write_atomic((find(folder) or Folder(folder)).beside(SHARDS_FILE), text.encode())
+    content = "".join(f"{shard}\n" for shard in shards)
+    storage.write_atomic((find(folder) or Folder(folder)).beside(SHARDS_FILE), content.encode())
 
 
 def write_run(folder: str, run: Run) -> None:
@@ -194,6 +194,6 @@ def _run(folder: Folder) -> Run | None:
 
 def _shards(folder: Folder) -> list[str]:
     try:
-        return storage.read_bytes(folder.beside(SHARDS_FILE)).decode().splitlines()
-    except FileNotFoundError:
+        return [line for line in text.lines(text.decode(storage.read_bytes(folder.beside(SHARDS_FILE)))) if line]
+    except (FileNotFoundError, ValueError):  # likewise
         return []

@@ -10,6 +10,7 @@ import errno
 import functools
 import io
 import os
+import posixpath
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -62,6 +63,8 @@ def absolute(uri: str) -> str:
             "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or ~/.aws"
         )
     path, options = split_options(uri)
+    if listable(uri):  # nothing is found by a name with a double slash, and by one with dots what lies elsewhere
+        path = f"{scheme}://{posixpath.normpath(path.partition('://')[2]).removeprefix('.')}"
     return path.rstrip("/") + options
 
 
@@ -126,15 +129,6 @@ def _remote(bucket: str, query: str) -> fs.FileSystem:
         retries = fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)  # pauses that double, up to 20 s, at random
         system = fs.S3FileSystem(**options | {"retry_strategy": retries, **_S3_OPTIONS})
     return system
-
-
-def stand_in(start: bytes) -> str | None:
-    """What a file is that begins so, where it stands for another that was not fetched; None of any other."""
-    if start.startswith(b"version https://git-lfs"):
-        return "a pointer of Git LFS, not the file itself: `git lfs pull` fetches it"
-    if start.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
-        return "a web page, not the file itself: download it again"
-    return None
 
 
 def one_line(error: BaseException) -> str:

@@ -6,9 +6,11 @@ import codecs
 import re
 from decimal import Decimal
 
+from patchrank.store.unfetched import stand_in
+
 _NUMBER = re.compile(
-    r"[+-]?(?=\.?[0-9])[0-9]{0,30}(\.[0-9]{0,30})?(e[+-][0-9]{2})?"
-)  # as numpy and pandas write it, too
+    r"[+-]?(?=\.?[0-9])[0-9]{0,30}(\.[0-9]{0,30})?([eE][+-][0-9]{2})?"
+)  # as numpy, pandas and spreadsheets write it, too
 
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
@@ -19,12 +21,14 @@ def decode(data: bytes, errors: str = "strict") -> str:
     Raises:
         ValueError: they are something else; one line.
     """
+    if errors == "strict" and (reason := stand_in(data)):
+        raise ValueError(reason)
     encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8")
     try:
         found = data.decode(encoding, errors)
         wrong = found.find("\0")  # what UTF-16 without its mark, and UTF-32, have between letters
         if wrong < 0 or errors != "strict":
-            return found.replace("\0", "\ufffd")
+            return found.replace("\0", "\ufffd").replace("\ufeff", "")  # marks of files that were joined, too
         wrong = len(found[:wrong].encode(encoding))
     except UnicodeDecodeError as error:
         wrong = error.start

@@ -37,6 +37,8 @@ class Worker:
             os._exit(1)
         if item == "once" and (folder / item).read_text() == "x":
             os._exit(1)
+        if item in ("steps", "stuck") and len((folder / item).read_text()) <= 5:
+            raise ConnectionError("taken away")
         if item == "bad":
             raise ValueError("two\nlines")
         if item == "fatal":
@@ -74,6 +76,21 @@ def test_every_item_is_done_whatever_becomes_of_the_others(tmp_path):
     assert results["bad"] == Failed("ValueError: two lines")
     assert (tmp_path / "bad").read_text() == "x" * ATTEMPTS  # it might have been the device
     assert dict(pool.run("work", ["e"], "?")) == {"e": "e?"}  # the actors are still of use
+
+
+def test_an_item_that_gets_further_every_time_is_not_set_aside(tmp_path):
+    """Five attempts fail. Of one item each got further; of the other the first alone, and then three did not."""
+    seen = {"steps": 0, "stuck": 0}
+
+    def further(item):
+        before, now = seen[item], len((tmp_path / item).read_text())
+        seen[item] = now if item == "steps" else min(1, now)
+        return seen[item] > before
+
+    pool = Pool(Worker, tmp_path, size=1, cpus=1, gpus=0, at_once=2)
+    results = dict(pool.run("work", ["steps", "stuck"], "!", further=further))
+    assert results == {"steps": "steps!", "stuck": Failed("ConnectionError: taken away")}
+    assert {item: len((tmp_path / item).read_text()) for item in seen} == {"steps": 6, "stuck": 1 + ATTEMPTS}
 
 
 def test_machines_that_never_come_back_are_not_waited_for_forever(tmp_path):

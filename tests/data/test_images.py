@@ -133,7 +133,7 @@ def test_decompression_bombs_are_refused(size, action, recwarn):
 
 def test_what_is_not_an_image():
     for data in (b"", b"a text named .jpg\n", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", tar()):
-        with pytest.raises(ValueError, match=r"^not an image"):
+        with pytest.raises(ValueError, match=r"^(not an image|a text that begins '(a text named|%!PS-Adobe))"):
             images.decode(data)
     unknown_range = (np.full((2, 2), 70_000, np.int32), np.full((2, 2), -1, np.int32), np.zeros((2, 2), np.float32))
     for pixels in unknown_range:

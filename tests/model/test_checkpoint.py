@@ -6,6 +6,7 @@ import json
 
 import open_clip
 import pytest
+import safetensors.torch
 import torch
 
 from patchrank.errors import UserError
@@ -48,6 +49,15 @@ WRAPPED = {
 }
 
 
+WRAPPED |= {
+    "DeepSpeed": lambda state: {"module": state, "optimizer": None, "global_steps": 7},
+    "a name of their own": lambda state: {"weights": under("backbone.", state)},
+    "an average beside it": lambda state: {"params": state, "params_ema": {key: state[key] * 0 for key in state}},
+    "a teacher beside it": lambda state: {"state_dict": under("model.", state) | under("distill.teacher.", state)},
+    "an average of a trainer": lambda state: {"n_averaged": torch.ones(1), **under("module.", state)},
+}
+
+
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("kind", WRAPPED)
 def test_what_is_around_the_weights_comes_off(whole, tmp_path, kind, alone):
@@ -64,9 +74,46 @@ def test_weights_of_something_else_are_still_refused(whole, tmp_path):
     torch.save({"model": {"layer.weight": torch.ones(2)}}, tmp_path / "weights.pt")
     with pytest.raises(UserError, match=r"weights\.pt: not the image tower of tiny-checkpoint: .*layer\.weight"):
         loading.load("tiny-checkpoint", str(tmp_path / "weights.pt"))
-    torch.save([1, 2], tmp_path / "weights.pt")
-    with pytest.raises(UserError, match=r"weights\.pt: cannot be read as weights"):
-        loading.load("tiny-checkpoint", str(tmp_path / "weights.pt"))
+
+
+REFUSED = {
+    "a list": (lambda state: [1, 2], "holds a list, not weights by their names: save model.state_dict"),
+    "no tensors": (lambda state: {"epoch": 3, "args": None}, "holds no weights, only epoch, args"),
+    "two models": (
+        lambda state: {"student": state, "teacher": state},
+        r"holds several models, student\., teacher\.: ",
+    ),
+    "a module": (lambda state: torch.nn.Linear(2, 2), "it holds torch.nn.modules.linear.Linear, and tensors alone are"),
+    "arrays": (lambda state: {key: state[key].numpy() for key in state}, "it holds numpy.* and tensors alone are read"),
+    "int8": (lambda state: {key: (100 * state[key]).to(torch.int8) for key in state}, r"are quantised \(int8\)"),
+    "another size": (
+        lambda state: state | {"visual.positional_embedding": torch.ones(26, 32)},
+        "its visual.positional_embedding is for 26 tokens, and that of tiny-checkpoint for 17: it is of a model of",
+    ),
+    "no number": (
+        lambda state: state | {"logit_scale": torch.tensor(torch.nan)},
+        "its weights logit_scale are not all",
+    ),
+    "JSON": (b'{"model": "ViT"}', 'a text that begins \'{"model": "ViT"}\', not the file itself'),
+    "nothing": (b"", "the file is empty"),
+    "GGUF": (b"GGUF" + bytes(99), "cannot be read as weights: neither a file of torch.save nor of safetensors"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_would_be_another_model_is_refused(whole, tmp_path, kind):
+    made, words = REFUSED[kind]
+    path = tmp_path / "weights.pt"
+    path.write_bytes(made) if isinstance(made, bytes) else torch.save(made(dict(whole.state_dict())), path)
+    with pytest.raises(UserError, match=rf"weights\.pt: .*{words}") as error:
+        loading.load("tiny-checkpoint", str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_weights_are_told_by_what_they_are(whole, tmp_path):
+    safetensors.torch.save_file(whole.state_dict(), tmp_path / "weights.pt")
+    loaded = loading.load("tiny-checkpoint", str(tmp_path / "weights.pt"))
+    assert torch.equal(loaded.visual.proj, whole.visual.proj) and loaded.has_text
 
 
 def test_weights_that_are_not_finite_are_named(whole, tmp_path):

@@ -147,6 +147,17 @@ def test_what_is_damaged_or_of_something_else_is_ignored(folder, work, shard, tm
     assert not list(file.parent.iterdir())
 
 
+@pytest.mark.parametrize("folder", ["disk", "bucket"], indirect=True)
+def test_whether_a_try_got_further_is_told(folder, work, shard):
+    watch = partial.Watch(folder)
+    assert not watch.grown(shard)
+    told = []
+    for lost_before in (2, 0, 1, 0):  # by the batch before which it was lost, of those that it made
+        work(Partial(folder, shard, 0), lost_before)
+        told.append(watch.grown(shard))
+    assert told == [True, False, True, False]
+
+
 def test_a_shard_that_is_damaged_at_its_end_keeps_whole_batches(folder, work, shard, tmp_path):
     """The batch before the damage is short; it is made again, lest all that follow should be others."""
     content = (tmp_path / "a.tar").read_bytes()

@@ -251,7 +251,8 @@ def test_the_folder_is_only_read(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match="one SELECT statement is wanted"):
             main([str(tmp_path / "out"), sql])
-    assert main([str(tmp_path / "out"), "SELECT 1 AS one; -- and /* no more */"]) == 0
+    for sql in ("SELECT 1 AS one; -- and /* no more */", "SELECT '東京' AS ü; -- é"):
+        assert main([str(tmp_path / "out"), sql]) == 0
     with pytest.raises(UserError, match="lies in the rankings folder"):
         main([str(tmp_path / "out"), "summary", "--out", str(tmp_path / "out" / "rows.json")])
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -10,7 +10,7 @@ import pytest
 from made_up import images, save
 
 from patchrank.errors import UserError
-from patchrank.store import queries, rankings
+from patchrank.store import queries, rankings, status
 from patchrank.store.folder import file_name
 
 
@@ -30,6 +30,16 @@ def folder(tmp_path):
     shutil.copy(table, out / f"._{table.name}")
     pq.write_table(pa.table({"key": ["x"]}), out / "sizes.parquet")
     pq.write_table(pa.table({"key": ["x"]}), out / "_metadata.parquet")
+    (out / "a copy.parquet").write_bytes(b"version https://git-lfs.github.com/spec/v1\n" * 3)
+    shutil.copy(table, out / f"{table.stem}.PARQUET")
+    (out / "empty-12345678.parquet").touch()
+    beside = out / "__patchrank__"
+    for name in ("rejects", "failed"):
+        (beside / name).mkdir()
+    (beside / "rejects" / "notes.parquet").write_bytes(b"no table" * 9)
+    (beside / "failed" / f"{table.stem} (1).json").write_text('{"shard": "a", "error": "mended since"}')
+    (beside / "failed" / f".{table.stem}.json").write_bytes(b"\0\5")
+    (beside / "shards.txt").write_bytes("a.tar\n".encode("utf-16-le"))
     return out, [first, second], file_name(again.shard)
 
 
@@ -39,8 +49,12 @@ def test_they_are_left_out_and_named_once(folder, capsys):
     assert len(corpus) == 7 and len(corpus.tensors()["key"]) == 7
     assert len(set(corpus.shards())) == 2
     corpus.dataset.to_table()
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3 and all(line.startswith(f"warning: {out}/") for line in lines)
+    assert len(corpus.rejects()) == 0 and corpus.home.failures() == [] and status.read(str(out)).images == 7
+    lines = list(dict.fromkeys(capsys.readouterr().err.splitlines()))  # a status opens the folder anew
+    assert len(lines) == 6 and all(line.startswith(f"warning: {out}/") for line in lines)
+    for name in ("a copy.parquet", "__patchrank__/rejects/notes.parquet"):
+        assert f"warning: {out}/{name}: left out, as it is no table of a shard" in lines
+    assert any(".PARQUET: left out, as it has another name" in line for line in lines)
     assert any("sizes.parquet: left out, as it is no table of a shard" in line for line in lines)
     renamed = f"(1).parquet: left out, as it has another name than the table of its shard, {file_name(shards[0])}"
     assert any(renamed in line for line in lines)
