@@ -1,5 +1,6 @@
 """A folder of results: whose it is, what is finished in it, and what a shard leaves there, whole or not at all.
 
+OUT/.huggingface.yaml                      what `datasets` is to read: the tables
 OUT/STEM-HASH.parquet                      the table of one shard; it repeats the fingerprint of the settings
 OUT/__patchrank__/KIND.json                settings of the search, evaluation or embedding, and their fingerprint
 OUT/__patchrank__/README.md                the dataset card
@@ -149,6 +150,7 @@ class Folder:
             path = self.beside(card.FILE)
             if columns and self.beside() != self.uri and not storage.exists(path):
                 storage.write_atomic(path, card.render(self.kind, settings, columns).encode())
+                storage.write_atomic(storage.join(self.uri, card.CONFIGS_FILE), card.CONFIGS.encode())
             for place in {self.uri, self.beside(), *map(self.beside, ("rejects", "failed", PARTIAL))}:
                 for info in storage.files(place):
                     if info.base_name.startswith(".") and info.base_name.endswith(".tmp"):
