@@ -272,12 +272,13 @@ def find(uri: str) -> Folder | None:
 def file_name(shard: str) -> str:
     """The name of a shard's table. It follows from the shard's absolute URI alone, without options.
 
-    The hash keeps apart shards of one base name in different folders; the stem is there for people.
+    The hash keeps apart shards of one base name in different folders; the stem is there for people. It does not begin
+    with "_" or ".": readers pass over such files.
     """
     uri, _ = storage.split_options(storage.absolute(shard))  # the same shard at any endpoint and region
     base = re.sub(r"\.(tar|tar\.gz|tgz)$", "", uri.rpartition("/")[2])
     stem = re.sub(r"[^A-Za-z0-9._-]", "_", base)[:100]  # no glob characters, and no name too long for a disk
-    return f"{stem}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}.parquet"
+    return f"{stem.lstrip('_.') or 'shard'}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}.parquet"
 
 
 def parquet_files(folder: str) -> list[str]:
