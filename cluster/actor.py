@@ -72,6 +72,7 @@ class TowerActor:
     def __init__(self) -> None:
         self._tower: Tower | None = None
         self._preprocess: Callable[..., Tensor] | None = None
+        self._sees_folder = False
         self._loading = threading.Lock()
         self._device = threading.Lock()  # one shard has it, the next is read and decoded meanwhile, the last written
         self._progress: dict[str, Progress] = {}  # by shard in work
@@ -127,7 +128,9 @@ class TowerActor:
         """
         with self._watched(shard) as progress:
             metrics = self._metrics[shard] = Metrics(progress)
-            check_folder(folder)
+            if not self._sees_folder:  # before there is work to lose; before each table it is looked at anyway
+                check_folder(folder)
+                self._sees_folder = True
             found = work(progress, part)
             with progress.timed("write"):
                 size = write(folder, shard, found, encode)

@@ -43,12 +43,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "jobs/query.py") -> int:
     near.add_argument("--shard", metavar="URI", help="that it is in, where several have an image of this key")
     near.add_argument("--image", metavar="FILE", help="of this image file")
     near.add_argument("--text", help="of this text")
-    near.add_argument("--nearest", type=int, default=10, metavar="N", help="how many (%(default)s)")
+    near.add_argument("--nearest", type=int, metavar="N", help="how many (10)")
     args = parser.parse_args(argv)
 
     asked = [name for name in ("query", "key", "image", "text") if getattr(args, name) is not None]
     if len(asked) > 1:
         raise UserError(f"{' and '.join(asked)}: one question at a time")
+    if args.shard is not None and args.key is None:
+        raise UserError("--shard: tells where a --key is, and there is none")
+    if args.nearest is not None and asked in ([], ["query"]):
+        raise UserError("--nearest: of what? --key, --image or --text tells")
     known = queries.OF_EMBEDDINGS if kinds.holds_embeddings(args.folder) else queries.NAMED
     named = known.get(args.query or "summary") if asked in ([], ["query"]) else None
     if named is None and asked == ["query"] and (args.show or len(args.query.split()) < 2):  # no SELECT is one word
@@ -83,16 +87,19 @@ def neighbours(connection: DuckDBPyConnection, corpus: Rankings | Embeddings, ar
     """SQL for the nearest neighbours that are asked for. Raises UserError."""
     if not isinstance(corpus, Embeddings):
         raise UserError(f"{args.folder}: holds rankings; --key, --image and --text ask embeddings, of jobs/embed.py")
-    if args.nearest < 1:
+    count = 10 if args.nearest is None else min(args.nearest, len(corpus))
+    if count < 1:
         raise UserError(f"--nearest {args.nearest}: must be at least 1")
+    if args.text is not None and not args.text.strip():
+        raise UserError("--text: is empty")
     if args.key is not None:
         shard, vector = nearest.vector_of(connection, args.key, args.shard)
-        return nearest.query(connection, corpus, vector, args.nearest, (shard, args.key))
+        return nearest.query(connection, corpus, vector, count, (shard, args.key))
     from patchrank.pruning import questions  # torch takes seconds to import
 
     of_image = args.image is not None
     vector = questions.image_vector(corpus, args.image) if of_image else questions.text_vector(corpus, args.text)
-    return nearest.query(connection, corpus, vector, args.nearest)
+    return nearest.query(connection, corpus, vector, count)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ def samples(folder: str) -> Iterator[tuple[str, dict[str, bytes], str | None]]:
         OSError: the folder cannot be listed, or holds no image.
     """
     with os.scandir(folder) as entries:
-        files = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file())
+        shown = [entry for entry in entries if not entry.name.startswith(".")]
+    # A link to nothing is told of; what is neither a file nor a link, such as a pipe, would keep us waiting.
+    files = sorted(entry.name for entry in shown if entry.is_file() or (entry.is_symlink() and not entry.is_dir()))
     names = [name for name in files if extension(name) in EXTENSIONS]
     if not names:
         raise OSError("is a directory without an image")

@@ -1,5 +1,6 @@
 """A folder of results: whose it is, what is finished in it, and what a shard leaves there, whole or not at all.
 
+OUT/.huggingface.yaml                      what `datasets` is to read: the tables
 OUT/STEM-HASH.parquet                      the table of one shard; it repeats the fingerprint of the settings
 OUT/__patchrank__/KIND.json                settings of the search, evaluation or embedding, and their fingerprint
 OUT/__patchrank__/README.md                the dataset card
@@ -150,6 +151,7 @@ class Folder:
             path = self.beside(card.FILE)
             if columns and self.beside() != self.uri and not storage.exists(path):
                 storage.write_atomic(path, card.render(self.kind, settings, columns).encode())
+                storage.write_atomic(storage.join(self.uri, card.CONFIGS_FILE), card.CONFIGS.encode())
             for place in {self.uri, self.beside(), *map(self.beside, ("rejects", "failed", PARTIAL))}:
                 for info in storage.files(place):
                     if info.base_name.startswith(".") and info.base_name.endswith(".tmp"):
@@ -271,12 +273,13 @@ def find(uri: str) -> Folder | None:
 def file_name(shard: str) -> str:
     """The name of a shard's table. It follows from the shard's absolute URI alone, without options.
 
-    The hash keeps apart shards of one base name in different folders; the stem is there for people.
+    The hash keeps apart shards of one base name in different folders; the stem is there for people. It does not begin
+    with "_" or ".": readers pass over such files.
     """
     uri, _ = storage.split_options(storage.absolute(shard))  # the same shard at any endpoint and region
     base = re.sub(r"\.(tar|tar\.gz|tgz)$", "", uri.rpartition("/")[2])
     stem = re.sub(r"[^A-Za-z0-9._-]", "_", base)[:100]  # no glob characters, and no name too long for a disk
-    return f"{stem}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}.parquet"
+    return f"{stem.lstrip('_.') or 'shard'}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}.parquet"
 
 
 def parquet_files(folder: str) -> list[str]:

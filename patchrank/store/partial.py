@@ -56,12 +56,14 @@ class Partial:
         self._uri = folder.beside(PARTIAL, _name(shard))
         self._every, self._write = every, write
         self._about = {"fingerprint": folder.fingerprint, "shard": shard, "file": _file(shard), **(about or {})}
+        self._there = False  # as far as this try knows
         self._written = self._called = time.monotonic()
 
     def found(self) -> Done | None:
         """What an earlier try has left; None where that is nothing, damaged, or of another shard or other settings."""
         try:
             data = storage.read_bytes(self._uri)
+            self._there = True
             if hashlib.sha256(data[_DIGEST:]).digest() != data[:_DIGEST]:
                 return None
             table = pa.ipc.open_stream(memoryview(data)[_DIGEST:]).read_all()
@@ -86,11 +88,17 @@ class Partial:
         if now + took - self._written > self._every:
             about = {**self._about, "lost": list(map(astuple, lost))}
             self._write(self._uri, _encode(pa.concat_tables(tables), about))
+            self._there = True
             self._written = self._called = time.monotonic()
 
     def remove(self) -> None:
-        """The shard has its table. Raises OSError where the folder cannot be written."""
-        storage.delete(self._uri)
+        """The shard has its table: what was found or written is of no more use, which in a bucket costs nothing to see.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        if self._there:
+            storage.delete(self._uri)
 
 
 def kept(folder: Folder, shards: Iterable[str]) -> set[str]:

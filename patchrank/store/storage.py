@@ -377,8 +377,10 @@ def replacing(path: str) -> Iterator[str]:
 def delete(uri: str) -> None:
     """Delete a file; no error where there is none."""
     system, path = resolve(uri)
-    if system.get_file_info(path).type == fs.FileType.File:
-        system.delete_file(path)
+    # S3's own looks whether there is one, by one request; to ask what there is takes two where there is nothing.
+    if isinstance(system, fs.S3FileSystem) or system.get_file_info(path).type == fs.FileType.File:
+        with contextlib.suppress(FileNotFoundError):
+            system.delete_file(path)
 
 
 _UMASK = os.umask(0)  # mkstemp makes files private; the umask can only be read by setting it

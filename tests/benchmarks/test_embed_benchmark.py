@@ -15,11 +15,11 @@ from patchrank.pruning.embedder import Embedder, Pruning, ShardEmbedder
 
 
 def test_figures(monkeypatch, capsys):
-    flags = "--model ViT-S-32-alt --images 6 --batch 3 --rounds 1 --seconds 0 --threads 1 --dtype float32"
+    flags = "--model ViT-S-32-alt --images 6 --rows 14 --batch 3 --rounds 1 --seconds 0 --threads 1 --dtype float32"
     monkeypatch.setattr("sys.argv", ["embed.py", *flags.split()])
     status = benchmark.main()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[2:7]] == ["decode", "unpruned", "pruned", "stub", "plain"]
+    assert [line.split()[0] for line in lines[2:7]] == ["decode", "stub", "unpruned", "pruned", "plain"]
     assert all("embed " in line and "write " in line for line in lines[3:6])
     size = float(lines[1].split(" kB")[0].split()[-1])
     assert 100 < size < 120

@@ -9,11 +9,13 @@ import threading
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tiny_shards import read_all, samples, write
 
 from patchrank.data import shards
 from patchrank.errors import UserError
 from patchrank.store import storage
+from patchrank.store.folder import Reject
 
 pytest_plugins = ["s3"]
 
@@ -189,6 +191,18 @@ def test_a_bucket_out_of_reach(s3_bucket, monkeypatch):
         assert found == []
         assert "ACCESS_DENIED" in error
         server.shutdown()
+
+
+def test_odd_files_in_a_folder_of_images(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to("a.png")
+    (tmp_path / "lost.png").symlink_to("nothing")
+    os.mkfifo(tmp_path / "pipe.png")  # which never ends
+    (tmp_path / "notes.txt").touch()
+    found = {sample.key: sample for sample in shards.read(str(tmp_path))}
+    assert list(found) == ["a.png", "link.png", "lost.png"]
+    assert found["lost.png"] == Reject("lost.png", "cannot be read: No such file or directory")
 
 
 def test_a_name_that_is_no_utf_8_is_refused_by_name(tmp_path):

@@ -121,18 +121,19 @@ def test_a_killed_embedding_resumes_to_the_same_rows(data, whole, hold, address,
 def test_a_folder_of_images_is_embedded_folder_by_folder(data, model, address, tmp_path):
     photos = tmp_path / "photos"
     (photos / "b" / "deep").mkdir(parents=True)
+    (photos / "日本").mkdir()
     rng = np.random.default_rng(1)
-    for name in ("a.b.png", "b/x.PNG", "b/y.jpg", "b/deep/x.png"):
+    for name in ("a.b.png", "b/x.PNG", "b/y.jpg", "b/deep/x.png", "日本/ß.png"):
         Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(photos / name)
     (photos / "b" / "broken.jpg").write_bytes(b"no image")
     (photos / "b" / "notes.txt").write_text("no image either")
     (photos / "b" / ".hidden.png").write_bytes(b"")
     out = tmp_path / "out"
     done = embedded_here(data, out, address=address, shards=photos)
-    assert done.returncode == 0 and "4 embedded, 1 rejected" in done.stdout, done.stderr
+    assert done.returncode == 0 and "5 embedded, 1 rejected" in done.stdout, done.stderr
     corpus = embeddings.open(str(out))
     rows = {(row["shard"], row["key"]): row for row in corpus.dataset.to_table().to_pylist()}
-    expected = {("", "a.b.png"), ("/b", "x.PNG"), ("/b", "y.jpg"), ("/b/deep", "x.png")}
+    expected = {("", "a.b.png"), ("/b", "x.PNG"), ("/b", "y.jpg"), ("/b/deep", "x.png"), ("/日本", "ß.png")}
     assert set(rows) == {(f"{photos}{folder}", name) for folder, name in expected}
     (reject,) = corpus.rejects().to_pylist()
     assert (reject["shard"], reject["key"]) == (f"{photos}/b", "broken.jpg") and "not an image" in reject["reason"]
@@ -187,6 +188,8 @@ def test_nearest_neighbours(data, whole, model, capsys, tmp_path):
     at = keys.index("2-7")
     cosines = found @ found[at]
     order = [keys[i] for i in np.argsort(-cosines) if i != at]
+    assert len(asked(capsys, whole, "--key", "2-7", "--nearest", 10**30)) == len(keys) - 1
+    assert len(asked(capsys, whole, "--text", "ein Hund, 日本")) == 10
     rows = asked(capsys, whole, "--key", "2-7", "--nearest", 5)
     assert [row["key"] for row in rows] == order[:5]
     np.testing.assert_allclose([row["cosine"] for row in rows], np.sort(cosines)[::-1][1:6], atol=1e-4)
@@ -223,6 +226,9 @@ def test_questions_that_cannot_be_answered(data, whole, undisturbed, capsys, tmp
         (["--key", "2-7", "--text", "a dog"], "key and text: one question at a time"),
         (["--image", str(tmp_path / "absent.png")], "absent.png: No such file"),
         (["--key", "2-7", "--nearest", "0"], "--nearest 0: must be at least 1"),
+        (["--nearest", "3"], "--nearest: of what"),
+        (["summary", "--shard", "/a.tar"], "--shard: tells where a --key is"),
+        (["--text", " "], "--text: is empty"),
         (["accuracy"], "accuracy: no such named query; there are summary, predictions"),
     ):
         with pytest.raises(UserError, match=words):

@@ -112,7 +112,7 @@ def test_a_lost_try_is_gone_on_with(folder, work, shard):
 def test_as_much_work_as_was_told_is_repeated_at_most(folder, work, shard, clock):
     """A batch takes ten seconds here, and what would be lost with the next one counts."""
     for seconds, kept in ((1000, 0), (35, 3), (25, 4)):
-        Partial(folder, shard, 0).remove()
+        partial.remove(folder, [shard])
         work(Partial(folder, shard, seconds), 5)
         done = Partial(folder, shard).found()
         assert (0 if done is None else len(done.table) + sum(reject.key == "07" for reject in done.lost)) == 3 * kept

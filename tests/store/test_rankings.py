@@ -147,6 +147,8 @@ def test_file_names_follow_from_the_uri(tmp_path, monkeypatch):
     odd = file_name("/data/[x]* 'é?'.tar")
     assert odd.endswith(".parquet") and not set(odd) & set("[]*? '")
     assert len(file_name("/data/" + "x" * 250 + ".tar")) < 200
+    for passed_over in ("/data/日本.tar", "/data/_a.tar", "/data/.a.tar", "/photos/übung"):
+        assert file_name(passed_over)[0].isalnum()
 
 
 @contextlib.contextmanager
