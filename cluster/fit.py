@@ -44,7 +44,7 @@ from patchrank.report import folder as report
 from patchrank.store import storage
 from patchrank.store.folder import Folder
 from patchrank.training.images import ImageSource, TrainingImages, open_images
-from patchrank.training.tasks import PredictorTask, TokensTask
+from patchrank.training.tasks import PATCHES, PredictorTask, TokensTask
 
 KEEP_RATES = (0.8, 0.7, 0.6, 0.5, 0.4)
 PREDICTOR_RATE, TOKENS_RATE = 2e-3, 1e-2  # learning rates, for batches of 16
@@ -122,6 +122,8 @@ class Fit:
         made = self._made()
         self._shards = shards.expand(job.images if made is None else [made])
         self.images = self._opened(job.rankings)
+        if self.images.corpus is not None and self.images.corpus.settings["search"].get("score") == PATCHES:
+            raise UserError(f"--rankings {job.rankings}: are of patches, and a fit is for embeddings; train_predictor")
 
     @property
     def begun(self) -> bool:
