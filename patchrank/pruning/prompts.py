@@ -233,7 +233,7 @@ def _text_tower(model: Model) -> tuple[Any, str, Any]:
     """The text tower, how it is read out, and the id of its end token where that matters."""
     if not model.has_text:
         raise UserError(
-            f"{model.name}: it has no text tower, or its weights file holds the image tower alone, so it takes no text "
+            f"{model.name}: its text tower is missing, or its file holds the image tower alone, so it takes no text "
             "tokens"
         )
     clip = model.clip

@@ -123,7 +123,7 @@ def test_models_of_transformers(photos, address, tmp_path, capsys, make, size):
     exec(printed, namespace := {})
     loaded = namespace["model"]
     found = getattr(loaded, "get_image_features", loaded)(pixel_values=torch.rand(2, 3, size, size))
-    assert found.patch_ids.shape == (2, round(0.6 * (size // 4) ** 2)) and type(loaded) is type(model)
+    assert found.patch_ids.shape == (2, round(0.6 * (size // 4) ** 2)) and isinstance(loaded, type(model))
     card = (out / "README.md").read_text().split("```")[1].removeprefix("python\n")
     for written, here in {'"hf:': '"', '"model"': f'"{tmp_path / "model"}"', "path/to/this/folder": str(out)}.items():
         card = card.replace(written, here)
@@ -154,7 +154,9 @@ def test_a_model_without_a_text_tower_is_refused_before_it_is_trained_for(photos
     names = tmp_path / "names.json"
     names.write_text(json.dumps(["bright", "dark"]))
     given = {"model": ModelSource(name), "held_out": 0.25}
-    with pytest.raises(UserError, match=r"no text tower, .* so --classes cannot be turned into class embeddings"):
+    with pytest.raises(
+        UserError, match=r"text tower is missing, .* so --classes cannot be turned into class embeddings"
+    ):
         Fit(FitJob([str(photos / "photos")], str(tmp_path / "out"), **given, classes=ClassSource(str(names))))
 
 
