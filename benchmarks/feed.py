@@ -23,7 +23,8 @@ from patchrank import clock
 from patchrank.errors import UserError, run
 from patchrank.pruning.predictor import PredictorConfig
 from patchrank.training.images import ImageSource, open_images
-from patchrank.training.tasks import Lesson, PredictorTask
+from patchrank.training.lessons import Lesson
+from patchrank.training.tasks import PredictorTask
 
 
 def rate(step: Callable[[Lesson], Any], lessons: Iterator[Lesson], seconds: float, device: torch.device) -> float:

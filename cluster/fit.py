@@ -34,6 +34,7 @@ from patchrank.evaluation.latency import Timing
 from patchrank.evaluation.record import Record
 from patchrank.flags import at_least, flag, group
 from patchrank.model.class_source import ClassSource
+from patchrank.model.classes import text_identity
 from patchrank.model.loading import ModelSource
 from patchrank.pruning import predictor, prompts
 from patchrank.pruning.methods import ATTENTION, MERGING, PREDICTOR, TOKENS
@@ -43,7 +44,7 @@ from patchrank.report import folder as report
 from patchrank.store import storage
 from patchrank.store.folder import Folder
 from patchrank.training.images import ImageSource, TrainingImages, open_images
-from patchrank.training.tasks import PredictorTask, TokensTask
+from patchrank.training.tasks import PATCHES, PredictorTask, TokensTask
 
 KEEP_RATES = (0.8, 0.7, 0.6, 0.5, 0.4)
 PREDICTOR_RATE, TOKENS_RATE = 2e-3, 1e-2  # learning rates, for batches of 16
@@ -66,7 +67,7 @@ class FitJob:
     images: Sequence[str]
     out: str = flag("bundle", "folder of the bundle (%(default)s)", group="images and output", metavar="FOLDER")
     work: str | None = flag(None, "what leads to it: local, s3:// or gs:// (OUT-work)", metavar="FOLDER")
-    class_folders: bool = flag(False, "the folders in the folder of images are classes; measure top-1 by their names")
+    class_folders: bool = flag(False, "the folders in the folder of images are classes; measure top-1")
     held_out: float = flag(0.1, "of the images, to evaluate on and never to train on (%(default)s)", metavar="SHARE")
     model: ModelSource = group("model", ModelSource)
     keep: float = flag(0.6, "keep rate that the bundle is for (%(default)s)", group="training")
@@ -121,6 +122,8 @@ class Fit:
         made = self._made()
         self._shards = shards.expand(job.images if made is None else [made])
         self.images = self._opened(job.rankings)
+        if self.images.corpus is not None and self.images.corpus.settings["search"].get("score") == PATCHES:
+            raise UserError(f"--rankings {job.rankings}: are of patches, and a fit is for embeddings; train_predictor")
 
     @property
     def begun(self) -> bool:
@@ -209,7 +212,10 @@ class Fit:
             test=[],
             measured=MEASURED,
         )
-        images, _ = open_images(source, job.seed)
+        images, model = open_images(source, job.seed)
+        self._reads_names = model.has_text
+        if job.classes.class_names and not (job.classes.class_embeddings or job.classes.prototypes):
+            text_identity(model, [], [])  # refuses a model without a text tower, before it is trained for
         images.everything.steps_per_epoch(1)  # refuses what cannot be trained on
         train_on, held_out = images.everything.rows
         if not held_out:
@@ -256,9 +262,10 @@ class Fit:
         learnt = [PREDICTOR] if TokensConfig(**record["config"]).nothing else [PREDICTOR, TOKENS]
         tower, held_out = self.images.tower, self.images.everything.rows[1]
         most = max(1, round(EVALUATED / job.held_out / len(self._shards)))  # samples of a shard
-        classes = job.classes
+        classes, made = job.classes, job.place("shards")
         if job.class_folders:
-            classes = replace(classes, class_names=storage.join(job.place("shards"), "classnames.json"))
+            names, prototypes = storage.join(made, "classnames.json"), () if self._reads_names else (made,)
+            classes = replace(classes, class_names=names, prototypes=prototypes)
         return EvaluationJob(
             shards=self._shards,
             out=job.place("evaluation"),

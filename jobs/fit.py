@@ -25,7 +25,7 @@ from patchrank.evaluation.neighbours import sentence
 from patchrank.evaluation.record import Record
 from patchrank.flags import flag
 from patchrank.model.transformers_model import PREFIX as HF
-from patchrank.model.transformers_model import path_of
+from patchrank.model.transformers_model import loader_of, path_of
 from patchrank.pruning.comparison import render
 
 
@@ -90,7 +90,7 @@ def lines(job: FitJob) -> str:
     if name is not None and name.startswith(HF):
         return (
             "import patchrank, transformers\n"
-            f'model = transformers.AutoModel.from_pretrained("{path_of(name)}").eval()\n'
+            f'model = transformers.{loader_of(name)}.from_pretrained("{path_of(name)}").eval()\n'
             f'patchrank.prune(model, "{job.out}", keep={job.keep:g})'
         )
     model = f'"{name}"' + (f', pretrained="{job.model.pretrained}"' if job.model.pretrained else "")

@@ -18,7 +18,7 @@ from patchrank import flags
 from patchrank.errors import run
 from patchrank.pruning.predictor import NAME, PredictorConfig, tower_facts
 from patchrank.training.images import ImageSource
-from patchrank.training.tasks import PredictorTask
+from patchrank.training.tasks import EMBEDDING, PredictorTask
 
 DEFAULT = TrainingConfig("predictor", epochs=10, batch=64, learning_rate=3e-3)
 
@@ -38,8 +38,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "jobs/train_predictor.py
     if training.estimated(task, config, args):
         return 0
     training.trained(task, config, NAME)
-    following = flags.command(prog, "train_tokens")
-    print(f"next          {following} {training.same_images(args)} --predictor {args.out}")
+    if task.objective == EMBEDDING:  # which is what tokens learn to make up for
+        following = flags.command(prog, "train_tokens")
+        print(f"next          {following} {training.same_images(args)} --predictor {args.out}")
     return 0
 
 

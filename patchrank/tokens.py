@@ -67,6 +67,16 @@ def kendall_tau(usefulness: Tensor, ranking: Tensor) -> Tensor:
     return signs.triu(1).sum(dim=(1, 2)) / (size * (size - 1) / 2)
 
 
+def by_distance(grid: tuple[int, int]) -> Tensor:
+    """All patches by their distance from each one, as `nearest` has it: (N, N) int64 token ids, itself first."""
+    import torch
+
+    ids = torch.arange(grid[0] * grid[1])
+    down, across = ids // grid[1], ids % grid[1]
+    distance = (down[:, None] - down) ** 2 + (across[:, None] - across) ** 2  # (N, N)
+    return (distance * len(ids) + ids).argsort(dim=1)
+
+
 def nearest(ids: Tensor, grid: tuple[int, int]) -> Tensor:
     """The place of the nearest patch that is left, for every patch of an image.
 

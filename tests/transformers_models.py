@@ -6,6 +6,8 @@ import string
 
 import torch
 import transformers
+from open_clip.timm_model import TimmModel
+from timm.models.vision_transformer import VisionTransformer
 from towers import VISION
 
 TEXT = {
@@ -28,6 +30,12 @@ def clip(seed=0, projection_dim=24, **vision):
     )
     torch.manual_seed(seed)
     return moved(transformers.CLIPModel(config), seed)
+
+
+def siglip():
+    """A SigLIP with 5 x 5 patches."""
+    text = {**TEXT, "projection_size": VISION["hidden_size"]}
+    return moved(transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=VISION)))
 
 
 def moved(model, seed=0):
@@ -57,6 +65,54 @@ def save_clip(folder, seed=0, **vision):
     model.save_pretrained(folder)
     processor().save_pretrained(folder)
     return f"hf:{folder}"
+
+
+def siglip_twins(act_layer=None, **shape):
+    """SigLIP's image tower as open_clip has it, which is timm's, and a SiglipVisionModel with its weights."""
+    vision = {**VISION, "layer_norm_eps": 1e-6, **shape}
+    size = {"img_size": vision["image_size"], "patch_size": vision["patch_size"], "embed_dim": vision["hidden_size"]}
+    depth = {"depth": vision["num_hidden_layers"], "num_heads": vision["num_attention_heads"], "mlp_ratio": 2}
+    visual = TimmModel("test_vit", 32, image_size=vision["image_size"], pool="token", proj="none")
+    visual.trunk = VisionTransformer(
+        **size, **depth, num_classes=0, class_token=False, global_pool="map", act_layer=act_layer
+    )
+    visual.head, visual.preprocess_cfg = torch.nn.Sequential(), {}
+    moved(visual)
+    model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**vision))
+    names = {
+        "norm1": "layer_norm1",
+        "norm2": "layer_norm2",
+        "attn.proj": "self_attn.out_proj",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+        "patch_embed.proj": "embeddings.patch_embedding",
+        "norm": "post_layernorm",
+        "attn_pool.proj": "head.attention.out_proj",
+        "attn_pool.norm": "head.layernorm",
+        "attn_pool.mlp.fc1": "head.mlp.fc1",
+        "attn_pool.mlp.fc2": "head.mlp.fc2",
+    }
+    weights = visual.trunk.state_dict()
+    state = {
+        "embeddings.position_embedding.weight": weights.pop("pos_embed")[0],
+        "head.probe": weights.pop("attn_pool.latent"),
+    }
+    for kind in ("weight", "bias"):
+        parts = [weights.pop(f"attn_pool.{part}.{kind}") for part in ("q", "kv")]
+        state[f"head.attention.in_proj_{kind}"] = torch.cat(parts)
+    for key, value in weights.items():
+        module, kind = key.rsplit(".", 1)
+        block, inner = "", module
+        if module.startswith("blocks."):
+            _, number, inner = module.split(".", 2)
+            block = f"encoder.layers.{number}."
+        if inner == "attn.qkv":
+            for name, third in zip("qkv", value.chunk(3), strict=True):
+                state[f"{block}self_attn.{name}_proj.{kind}"] = third
+        else:
+            state[f"{block}{names[inner]}.{kind}"] = value
+    model.load_state_dict(state)
+    return visual.eval().requires_grad_(False), model.eval().requires_grad_(False)
 
 
 def from_open_clip(visual):

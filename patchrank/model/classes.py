@@ -99,8 +99,8 @@ def text_identity(model: Model, names: Sequence[str], prompts: Sequence[Template
     """
     if not model.has_text:
         raise UserError(
-            f"{model.name}: its weights file holds the image tower alone, so --classes cannot be turned into class "
-            "embeddings; add --class-embeddings or --prototypes"
+            f"{model.name}: its text tower is missing, or its file holds the image tower alone, so --classes cannot "
+            "be turned into class embeddings; add --class-embeddings or --prototypes"
         )
     prompted = [prompt(name) for name in names for prompt in prompts]
     return f"text {_digest(model.text_weights, json.dumps(prompted))}"

@@ -85,10 +85,10 @@ class TimmViT(Adapter):
 
     def structure(self) -> str:
         """As `Adapter.structure`."""
-        trunk, mlp = self.visual.trunk, self.blocks[0].mlp
-        pool = trunk.attn_pool
+        trunk, pool = self.visual.trunk, self.visual.trunk.attn_pool
+        activation = type(self.blocks[0].mlp.act).__name__.removesuffix("Tanh")  # see `transformers_content`
         return (
-            f"{type(trunk).__name__} heads {self.heads} grid {self.grid} activation {type(mlp.act).__name__} "
+            f"{type(trunk).__name__} heads {self.heads} grid {self.grid} activation {activation} "
             f"norms {[module.eps for module in trunk.modules() if isinstance(module, nn.LayerNorm)]} "
             f"pool {trunk.global_pool} {None if pool is None else pool.num_heads} prefix {self.prefix_tokens}"
         )

@@ -155,11 +155,13 @@ class Tower(nn.Module):
         x = adapter.run(x, self.cut, None, gates, self.recompute, before, places)
         return adapter.readout(x, gates)  # (C, E)
 
-    def patches(self, tokens: Tensor, kept: Tensor | None = None, image: Tensor | None = None) -> Tensor:
+    def patches(
+        self, tokens: Tensor, kept: Tensor | None = None, image: Tensor | None = None, gates: Tensor | None = None
+    ) -> Tensor:
         """Final features of the patches that go past the cut, after the last norm.
 
         Args:
-            tokens, kept, image: as for `suffix`, without tokens behind the patches.
+            tokens, kept, image, gates: as for `suffix`, without tokens behind the patches.
 
         Returns:
             (C, n, D), in the order of `kept`.
@@ -167,7 +169,9 @@ class Tower(nn.Module):
         adapter = self.adapter
         adapter.all_read = True
         x, places = self._left(adapter, tokens, kept, image)
-        return adapter.final_norm(adapter.run(x, self.cut, places=places)[:, adapter.prefix_tokens :])
+        gates = None if gates is None else F.pad(gates, (adapter.prefix_tokens, 0), value=1.0)  # (C, p + n)
+        x = adapter.run(x, self.cut, None, gates, self.recompute, places=places)
+        return adapter.final_norm(x[:, adapter.prefix_tokens :])
 
     def _left(
         self, adapter: Adapter, tokens: Tensor, kept: Tensor | None, image: Tensor | None

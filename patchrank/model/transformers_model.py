@@ -29,10 +29,13 @@ class TransformersModel(nn.Module):
     Attributes:
         visual: an `ImageTower`.
         text: the text tower; None where there is none.
+        use: how Python has it of transformers: `loader`, as of `loader_of`, and `call`, what images are given to.
     """
 
-    def __init__(self, model: Any, visual: ImageTower) -> None:
+    def __init__(self, model: Any, visual: ImageTower, loader: str) -> None:
         super().__init__()
+        call = "model.get_image_features" if hasattr(model, "get_image_features") else "model"
+        self.use = {"loader": loader, "call": call}
         self.visual = visual
         self.text: Any = getattr(model, "text_model", None)
         self.text_projection: Any = getattr(model, "text_projection", None)
@@ -61,6 +64,12 @@ def path_of(name: str) -> str:
     return os.path.expanduser(name.removeprefix(PREFIX))
 
 
+def loader_of(name: str) -> str:
+    """The class of transformers that loads all that encodes the images of a model with the prefix hf:."""
+    stored = library().AutoConfig.from_pretrained(path_of(name)).architectures or ()
+    return next((each for each in stored if each in _LOADED_BY_NAME), "AutoModel")
+
+
 def load(name: str) -> TransformersModel:
     """The model of a name with the prefix hf:, float32 on the CPU, in eval mode, without gradients.
 
@@ -72,11 +81,9 @@ def load(name: str) -> TransformersModel:
     path = path_of(name)
     try:
         with _quiet(transformers):
-            config = transformers.AutoConfig.from_pretrained(path)
-            by_name = [each for each in config.architectures or () if each in _LOADED_BY_NAME]
-            kind = getattr(transformers, by_name[0]) if by_name else transformers.AutoModel
+            loader = loader_of(name)
             # Pickled weights could run anything.
-            model, found = kind.from_pretrained(
+            model, found = getattr(transformers, loader).from_pretrained(
                 path, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
             )
             processor = transformers.AutoImageProcessor.from_pretrained(path)
@@ -90,7 +97,7 @@ def load(name: str) -> TransformersModel:
         raise UserError(f"--model {name}: a {type(model).__name__} has no image tower of transformers' {KNOWN}")
     visual = ImageTower(vision, getattr(model, "visual_projection", None), _image_size(vision, processor))
     visual.preprocess_cfg = {PROCESSOR: _fields(processor, visual)}
-    loaded = TransformersModel(model.eval().requires_grad_(False), visual)
+    loaded = TransformersModel(model.eval().requires_grad_(False), visual, loader)
     made = tuple(Preprocess(visual.preprocess_cfg).of_blank().shape[1:])
     if made != visual.image_size:
         ours, theirs = (f"{height} x {width}" for height, width in (visual.image_size, made))

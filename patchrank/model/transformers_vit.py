@@ -15,12 +15,14 @@ from patchrank.model import fidelity
 from patchrank.model.adapter import Adapter, linear_multiply_adds, normed
 from patchrank.model.attention import attend, attention_of, by_head, weighted_mean
 from patchrank.model.open_clip_vit import fuse_quick_gelu
+from patchrank.model.transformers_content import as_open_clip, as_timm
 from patchrank.model.transformers_tower import (
     CLASS_TOKEN,
     CLIP,
     FAMILIES,
     LEARNT_QUERY,
     MEAN,
+    SIGLIP,
     SIGLIP2,
     VIT,
     ImageTower,
@@ -81,19 +83,24 @@ class TransformersViT(Adapter):
         norms = [module.eps for module in vision.modules() if isinstance(module, nn.LayerNorm)]
         return (
             f"{visual.family} heads {self.inner // self.head_width} grid {self.grid} patch {visual.patch_size} "
-            f"activation {self._activation()} norms {norms} pool {visual.pool}"
+            f"activation {self.activation()} norms {norms} pool {visual.pool}"
         )
 
-    def _activation(self) -> str:
+    def activation(self) -> str:
+        """The class of the MLPs' activation."""
         mlp = self.blocks[0].mlp
         return type(getattr(mlp, "activation_fn", getattr(mlp, "act_fn", None))).__name__
 
     def content(self) -> tuple[dict[str, Tensor], str]:
-        """As `Adapter.content`. CLIP's is told as open_clip has it, so that the same weights are the same model."""
+        """As `Adapter.content`; as open_clip or timm would tell it, where they have the same model."""
+        state = {key: value for key, value in self.visual.state_dict().items() if not key.startswith(_BESIDE)}
+        told = state, self.structure()
         if self.visual.family == CLIP:
-            return _as_open_clip(self)
-        state = self.visual.state_dict()
-        return {key: value for key, value in state.items() if not key.startswith(_BESIDE)}, self.structure()
+            told = as_open_clip(self)
+        elif self.visual.family == SIGLIP and self.visual.pool == LEARNT_QUERY:
+            told = as_timm(self)
+        # What was tuned has weights that they do not know.
+        return told if _size(told[0]) == _size(state) else (state, self.structure())
 
     def prepare(self, dtype: torch.dtype, device: torch.device | str) -> None:
         """As `Adapter.prepare`."""
@@ -321,39 +328,13 @@ def _added(block: Any, x: Tensor, scale: str) -> Tensor:
     return x
 
 
+def _size(state: dict[str, Tensor]) -> int:
+    """The numbers in a state dict."""
+    return sum(value.numel() for value in state.values())
+
+
 def _linear(module: nn.Module, *kinds: type) -> list[Any]:
     return [layer for layer in module.modules() if isinstance(layer, (nn.Linear, *kinds))]
-
-
-def _as_open_clip(adapter: TransformersViT) -> tuple[dict[str, Tensor], str]:
-    """Weights and structure of CLIP as `OpenClipViT` would tell those of the same model in open_clip."""
-    visual, vision = adapter.visual, adapter.visual.vision
-    state = {
-        "class_embedding": vision.embeddings.class_embedding,
-        "positional_embedding": vision.embeddings.position_embedding.weight,
-        "conv1.weight": vision.embeddings.patch_embedding.weight,
-    }
-    if visual.projection is not None:
-        state["proj"] = visual.projection.weight.T
-    norms = [("ln_pre", vision.pre_layrnorm)]
-    for number, block in enumerate(adapter.blocks):
-        name, attn = f"transformer.resblocks.{number}", block.self_attn
-        norms += [(f"{name}.ln_1", block.layer_norm1), (f"{name}.ln_2", block.layer_norm2)]
-        for kind in ("weight", "bias"):
-            parts = [getattr(part, kind) for part in (attn.q_proj, attn.k_proj, attn.v_proj)]
-            state[f"{name}.attn.in_proj_{kind}"] = torch.cat(parts)
-            state[f"{name}.attn.out_proj.{kind}"] = getattr(attn.out_proj, kind)
-            state[f"{name}.mlp.c_fc.{kind}"] = getattr(block.mlp.fc1, kind)
-            state[f"{name}.mlp.c_proj.{kind}"] = getattr(block.mlp.fc2, kind)
-    norms.append(("ln_post", vision.post_layernorm))
-    state |= {f"{name}.{kind}": getattr(norm, kind) for name, norm in norms for kind in ("weight", "bias")}
-    told = {"QuickGELUActivation": "QuickGELU None", "GELUActivation": "GELU none"}
-    activation = adapter._activation()
-    return state, (
-        f"heads {adapter.inner // adapter.head_width} grid {adapter.grid} patch {visual.patch_size} "
-        f"activation {told.get(activation, activation)} norms {[norm.eps for _, norm in norms]} "
-        "pooled before the last False"
-    )
 
 
 def _replaced(visual: Any) -> Iterator[str | None]:

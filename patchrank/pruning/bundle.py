@@ -77,7 +77,7 @@ class Bundle(
 
     Args:
         model: `name` and `pretrained` as open_clip knows it, `weights`, digests of its image tower by dtype, `cut`,
-            `grid`, `blocks`.
+            `grid`, `blocks`; for one of transformers, `use`, as of `TransformersModel`.
         predictor_config: of a `PredictorConfig`.
         tokens_config: of a `TokensConfig`, or None.
         keep: the keep rate that it was made for.
@@ -165,6 +165,7 @@ class Bundle(
                 "cut": about["cut"],
                 "grid": list(tower.grid),
                 "blocks": tower.adapter.depth,
+                **({"use": model.clip.use} if model.name.startswith(HF) else {}),
             },
             predictor_config=asdict(learnt.config),
             tokens_config=None if tokens is None or tokens.config.nothing else asdict(tokens.config),
@@ -249,7 +250,7 @@ class Bundle(
         values = {
             "title": f"{model['name']}, pruned",
             "model": model["name"],
-            "use": _use(model["name"], tag, "path/to/this/folder", self.keep),
+            "use": _use(model, "path/to/this/folder", self.keep),
             "pretrained": f" ({tag})" if tag else "",
             "weights": model["weights"]["float32"],
             "cut": model["cut"],
@@ -279,16 +280,20 @@ class Bundle(
         storage.write_atomic(str(save_directory / SAFETENSORS_SINGLE_FILE), save(weights, {"format": "pt"}))
 
 
-def _use(name: str, tag: str | None, source: str, keep: float) -> str:
-    """The lines of Python that use a bundle."""
+def _use(about: Mapping[str, Any], source: str, keep: float) -> str:
+    """The lines of Python that use a bundle for a model, as of `Bundle`."""
+    name, tag = about["name"], about["pretrained"]
     pruned = f'patchrank.prune(model, "{source}", keep={keep:g})'
     if name.startswith(HF):
+        path, use = name.removeprefix(HF), about["use"]
         return "\n".join(
             [
                 "import patchrank, transformers\n",
-                f'model = transformers.AutoModel.from_pretrained("{name.removeprefix(HF)}").eval()',
+                f'model = transformers.{use["loader"]}.from_pretrained("{path}").eval()',
+                f'processor = transformers.AutoImageProcessor.from_pretrained("{path}")',
                 pruned,
-                'outputs = model(**processor(images=image, return_tensors="pt"))',
+                'inputs = processor(images=image, return_tensors="pt")',
+                f"outputs = {use['call']}(**inputs)",
             ]
         )
     model = f'"{name}"' + (f', pretrained="{tag}"' if tag else "")

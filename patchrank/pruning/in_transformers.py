@@ -18,6 +18,7 @@ from patchrank.errors import UserError
 from patchrank.pruning.stand_in import StandIn
 
 _OTHER_IMAGES = ("interpolate_pos_encoding", "bool_masked_pos", "attention_mask")
+_SAVING = ("save_pretrained", "push_to_hub")
 _RESTORE = "patchrank.restore(model) gives the unpruned one back"
 
 
@@ -54,7 +55,7 @@ class Pruned(nn.Module):
         self._refuse(pixel_values, given)
         if pixel_values is None:
             raise ValueError("pixel_values are needed")
-        adapter = tower.adapter
+        adapter = tower.unchecked  # as `trace` asks
         wanted = self._setting("output_hidden_states", given)
         numbers = _selected(wanted, adapter.depth)
         trace = tower.trace(pixel_values.to(adapter.dtype), numbers)
@@ -83,7 +84,7 @@ class Pruned(nn.Module):
             value = given.get(name)
             if value is not None and value is not False:
                 raise UserError(f"{name}: a pruned model takes whole images of one size alone; {_RESTORE}")
-        grid, mask = self.pruned_tower.adapter.grid, given.get("pixel_attention_mask")
+        grid, mask = self.pruned_tower.unchecked.grid, given.get("pixel_attention_mask")
         shapes = given.get("spatial_shapes")
         whole = mask is None or bool((mask != 0).all())
         if not whole or (shapes is not None and not bool((shapes == torch.tensor(grid).to(shapes)).all())):
@@ -94,7 +95,11 @@ class Pruned(nn.Module):
 
     def save_pretrained(self, *_: Any, **__: Any) -> None:
         """Refused: see `_refuse_to_save`."""
-        _refuse_to_save(self)
+        _refuse_to_save(self, "save_pretrained")
+
+    def push_to_hub(self, *_: Any, **__: Any) -> None:
+        """Refused likewise, before there is anything on the hub."""
+        _refuse_to_save(self, "push_to_hub")
 
     def train(self, mode: bool = True) -> Any:
         """As everywhere."""
@@ -126,7 +131,8 @@ def prune(model: nn.Module, vision: Any, tower: StandIn) -> None:
     vision.__dict__["pruned_tower"] = tower
     vision.__class__ = _pruned_class(kind)
     for each in _savers(model, vision):
-        each.__dict__["save_pretrained"] = partial(_refuse_to_save, each)
+        for name in _SAVING:
+            each.__dict__[name] = partial(_refuse_to_save, each, name)
 
 
 def tower_of(vision: nn.Module) -> StandIn | None:
@@ -140,7 +146,8 @@ def restore(model: nn.Module, vision: Any) -> None:
         vision.__class__ = vision.base
         del vision.__dict__["pruned_tower"]
     for each in _savers(model, vision):
-        each.__dict__.pop("save_pretrained", None)
+        for name in _SAVING:
+            each.__dict__.pop(name, None)
 
 
 def _savers(model: nn.Module, vision: nn.Module) -> list[nn.Module]:
@@ -152,16 +159,16 @@ def _savers(model: nn.Module, vision: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _refuse_to_save(model: nn.Module, *_: Any, **__: Any) -> None:
+def _refuse_to_save(model: nn.Module, name: str, *given: Any, **named: Any) -> None:
     """Raises UserError: a folder that transformers loads could only hold the unpruned model, without a word.
 
     Where the vision model was restored by itself, it is saved.
     """
     if not any(isinstance(each, Pruned) for each in model.modules()):
-        type(model).save_pretrained(model, *_, **__)  # type: ignore[attr-defined]
+        getattr(type(model), name)(model, *given, **named)
         return
     raise UserError(
-        "save_pretrained: this model is pruned, and transformers would load it unpruned; save the bundle, and prune "
+        f"{name}: this model is pruned, and transformers would load it unpruned; save the bundle, and prune "
         "after loading; or call patchrank.restore(model) to save the unpruned one"
     )
 

@@ -11,6 +11,8 @@ from patchrank.model.transformers_tower import KNOWN, ImageTower, family_of
 from patchrank.pruning import in_transformers
 from patchrank.pruning.stand_in import StandIn
 
+_DRAWING = "ForMaskedImageModeling"  # puts the tokens on a grid, which fewer may fit as well
+
 
 class Owner:
     """A model of open_clip, or what else has its image tower at `visual`: a pruned tower takes that place."""
@@ -90,11 +92,14 @@ def owner_of(model: Any, grid: tuple[int, int] | None = None, image_size: tuple[
         image_size: H and W of those instead. Either is for towers of transformers that take images of any size.
 
     Raises:
-        UserError: there is none, or more than one, or its weights are sharded.
+        UserError: there is none, or more than one, or its weights are sharded, or it takes all patches to be there.
     """
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
     if any(type(each).__name__.startswith(("FullyShardedDataParallel", "FSDP")) for each in modules.values()):
         raise UserError("this model is sharded (FSDP): prune it before it is wrapped")
+    drawing = next((each for each in modules.values() if type(each).__name__.endswith(_DRAWING)), None)
+    if drawing is not None:
+        raise UserError(f"a {type(drawing).__name__} cannot be pruned: it takes its tokens for all patches of an image")
     if "visual" in getattr(model, "_modules", {}):  # a wrapper hands on what is read, and not what is written
         modules = {"": model}
     owners = {name: each for name, each in modules.items() if isinstance(each._modules.get("visual"), nn.Module)}

@@ -232,7 +232,10 @@ class PromptedText(nn.Module):
 def _text_tower(model: Model) -> tuple[Any, str, Any]:
     """The text tower, how it is read out, and the id of its end token where that matters."""
     if not model.has_text:
-        raise UserError(f"{model.name}: its weights file holds the image tower alone, so it takes no text tokens")
+        raise UserError(
+            f"{model.name}: its text tower is missing, or its file holds the image tower alone, so it takes no text "
+            "tokens"
+        )
     clip = model.clip
     if type(clip) is open_clip.CLIP:
         text, pool, end = clip, clip.text_pool_type, clip.text_eos_id

@@ -18,31 +18,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchrank.data.join import JoinReport
-from patchrank.data.pair_batches import PairBatch
 from patchrank.errors import UserError
 from patchrank.flags import flag
 from patchrank.model import classes, loading
 from patchrank.model.classes import CLASSES_FILE, Classes
 from patchrank.pruning import predictor, prompts
 from patchrank.pruning.comparison import Comparison
-from patchrank.pruning.methods import UNPRUNED, Method
+from patchrank.pruning.methods import Method
 from patchrank.pruning.predicted import Predicted
 from patchrank.pruning.predictor import LOSSES, TARGETS, Predictor, PredictorConfig
 from patchrank.pruning.prompts import SHIFTS, PromptedText, TokensConfig, VisualTokens
 from patchrank.pruning.schedule import at_keep_rate
 from patchrank.store import storage
 from patchrank.tokens import count_kept, kendall_tau
-from patchrank.training import gating
+from patchrank.training import gating, patch_gating
 from patchrank.training.images import TrainingImages
-from patchrank.training.outcome import Figures
+from patchrank.training.lessons import Lesson, lessons
+from patchrank.training.outcome import Figures, of_comparison
 
-
-@dataclass(frozen=True)
-class Lesson:
-    """A batch of images and the step that it is of, from 0."""
-
-    step: int
-    images: PairBatch
+EMBEDDING, PATCHES = OBJECTIVES = ("embedding", "patches")  # what is kept of an image
 
 
 @dataclass
@@ -94,15 +88,20 @@ class _ImagesTask:
             first: the first such step.
             learnable: whose tokens are among `tokens`.
         """
-        tower, seed, step = self.images.tower, self.images.seed, lesson.step
-        keep = gating.draw_keep(seed, step, self.keep_rates)
-        noise = gating.draw_noise(seed, step, lesson.images.keys, usefulness.shape[1]).to(usefulness.device)
-        fading = gating.NOISE * (1 - (step - first) / max(1, self.steps - first))
-        patches, before = self.patches[keep], None
+        tower = self.images.tower
+        keep, noise = self._drawn(lesson, first)
+        stay, before = self.patches[keep], None
         if learnable is not None:
-            before = learnable.before(tower.adapter, tower.cut, patches)
-        found = gating.embeddings(tower, tokens, usefulness, patches, fading * noise, before)  # (B, E)
+            before = learnable.before(tower.adapter, tower.cut, stay)
+        found = gating.embeddings(tower, tokens, usefulness, stay, noise, before)  # (B, E)
         return gating.lacking(found, wanted, keep).mean(), found
+
+    def _drawn(self, lesson: Lesson, first: int) -> tuple[float, Tensor]:
+        """The keep rate of a lesson, and its noise, (B, N), which fades away from the first such step on."""
+        tower, seed, step = self.images.tower, self.images.seed, lesson.step
+        noise = gating.draw_noise(seed, step, lesson.images.keys, tower.num_tokens).to(tower.device)
+        fading = gating.NOISE * (1 - (step - first) / max(1, self.steps - first))
+        return gating.draw_keep(seed, step, self.keep_rates), fading * noise
 
 
 @dataclass
@@ -116,6 +115,9 @@ class PredictorTask(_ImagesTask):
         None, f"what it learns of them, {' or '.join(TARGETS)} (score after the paper's search, else rank)"
     )
     keep: float = flag(0.5, "keep rate at which it is matched with golden rankings (%(default)s)")
+    objective: str | None = flag(
+        None, f"what the model teaches to keep, {' or '.join(OBJECTIVES)} (patches where rankings are, else embedding)"
+    )
     name: str = "predictor"
 
     def __post_init__(self) -> None:
@@ -126,12 +128,12 @@ class PredictorTask(_ImagesTask):
             self.golden = 0.0
         if not 0 <= self.golden <= 1:
             raise UserError(f"--golden {self.golden:g}: must be 0 to 1, a share of the steps")
-        if corpus is not None and corpus.settings["search"].get("score") == "patches" and self.golden < 1:
-            raise UserError(
-                "--golden: must be 1, as these rankings are of patches, and the model teaches the embedding"
-            )
+        search = {} if corpus is None else corpus.settings["search"]
+        if self.objective is None:
+            self.objective = PATCHES if search.get("score") == PATCHES else EMBEDDING
+        if self.objective not in OBJECTIVES:
+            raise UserError(f"--objective {self.objective}: must be one of {', '.join(OBJECTIVES)}")
         if self.target is None:
-            search = {} if corpus is None else corpus.settings["search"]
             # The scores of other searches are of different steps, and cannot be compared with each other;
             # probabilities are 1, as the tables keep them, where the model is sure.
             kind = search.get("steps"), search.get("rank_by"), search.get("score")
@@ -161,6 +163,7 @@ class PredictorTask(_ImagesTask):
             "target": self.target,
             "keep": self.keep,
             "keep_rates": list(self.keep_rates),
+            **({} if self.objective == EMBEDDING else {"objective": self.objective}),
         }
 
     def start(self, device: torch.device, steps: int) -> nn.Module:
@@ -178,14 +181,20 @@ class PredictorTask(_ImagesTask):
         golden, ranked = self.golden_steps, self.images.ranked
         if start < golden and ranked is not None:
             found = ranked.batches(rank, world, size, accumulation, start)
-            yield from _lessons(itertools.islice(found, (golden - start) * accumulation), accumulation, start)
+            yield from lessons(itertools.islice(found, (golden - start) * accumulation), accumulation, start)
         start = max(start, golden)
         found = self.images.everything.batches(rank, world, size, accumulation, start - golden)
-        yield from _lessons(found, accumulation, start)
+        yield from lessons(found, accumulation, start)
 
     def loss(self, module: nn.Module, batch: Lesson) -> Tensor:
         images = batch.images
         if batch.step >= self.golden_steps:
+            if self.objective == PATCHES:
+                tokens = self.images.tokens(images)
+                keep, noise = self._drawn(batch, self.golden_steps)
+                stay = self.patches[keep]
+                found = patch_gating.cosines(self.images.tower, tokens, module(tokens), stay, noise)  # (B, N)
+                return patch_gating.lacking(found, keep).mean()
             tokens, wanted = self.images.whole(images)
             return self._lacking(batch, tokens, module(tokens), wanted, self.golden_steps)[0]
         assert images.ranking is not None and images.score is not None and self.target is not None
@@ -213,7 +222,10 @@ class PredictorTask(_ImagesTask):
                     f"{part}/matching rate at {self.count}": matching or 0.0,
                     f"{part}/Kendall tau": tau / count,
                 }
-            figures |= _figures(part, comparison, {self.name: ""})
+            figures |= of_comparison(part, comparison, {self.name: ""})
+        for part, batches in self.images.parts(rank, world) if self.objective == PATCHES else ():
+            found = patch_gating.figures(self.images.tower, module, self.patches, batches, add)
+            figures |= {f"{part}/cosine of patches at keep {keep:g}": mean for keep, mean in found.items()}
         return figures
 
     def save(
@@ -221,6 +233,7 @@ class PredictorTask(_ImagesTask):
     ) -> None:
         assert isinstance(module, Predictor)
         settings = {"loss": self.loss_name, "target": self.target, "golden": self.golden, "keep": self.keep}
+        settings["objective"] = self.objective
         predictor.save(folder, module, {**self.images.record(before, after, reports), **settings})
 
 
@@ -292,7 +305,7 @@ class TokensTask(_ImagesTask):
         return [group for group in groups if group[0]]
 
     def batches(self, rank: int, world: int, size: int, accumulation: int, start: int) -> Iterator[Lesson]:
-        yield from _lessons(self.images.everything.batches(rank, world, size, accumulation, start), accumulation, start)
+        yield from lessons(self.images.everything.batches(rank, world, size, accumulation, start), accumulation, start)
 
     def loss(self, module: nn.Module, batch: Lesson) -> Tensor:
         assert isinstance(module, Together)
@@ -328,7 +341,7 @@ class TokensTask(_ImagesTask):
             for batch in batches:
                 comparison.add(batch)
             comparison.sums = add(comparison.sums)
-            figures |= _figures(part, comparison, {"pruned": " without tokens", self.name: " with tokens"})
+            figures |= of_comparison(part, comparison, {"pruned": " without tokens", self.name: " with tokens"})
         return figures
 
     def _classes(self, tokens: VisualTokens) -> Tensor | None:
@@ -382,19 +395,3 @@ class TokensTask(_ImagesTask):
 def _told(config: PredictorConfig | TokensConfig, old: Mapping[str, Any]) -> dict[str, Any]:
     """Its fields, without those that were not there before where they are as they were: such trainings go on."""
     return {name: value for name, value in asdict(config).items() if name not in old or old[name] != value}
-
-
-def _figures(part: str, comparison: Comparison, suffix: Mapping[str, str]) -> dict[str, float]:
-    """Figures by name: top-1 and cosine of a comparison; `suffix` ends the names, by method."""
-    figures: dict[str, float] = {}
-    for row in comparison.rows():
-        whole = row.method == UNPRUNED
-        end = "unpruned" if whole else f"at keep {row.keep:g}{suffix[row.method]}"
-        names = {"top-1": row.top1, "cosine": None if whole else row.cosine}
-        figures |= {f"{part}/{name} {end}": value for name, value in names.items() if value is not None}
-    return figures
-
-
-def _lessons(batches: Iterator[PairBatch], accumulation: int, start: int) -> Iterator[Lesson]:
-    for number, batch in enumerate(batches):
-        yield Lesson(start + number // accumulation, batch)

@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
+import transformers_models
 from PIL import Image
 from small_model import save_model
+from towers import VISION, vision_model
 
 from cluster.fit import Fit, FitJob
 from jobs import fit as job
@@ -18,6 +21,9 @@ from patchrank.data import shards
 from patchrank.data.held_out import is_held_out
 from patchrank.errors import UserError
 from patchrank.evaluation.record import Record
+from patchrank.model.class_source import ClassSource
+from patchrank.model.loading import ModelSource, load
+from patchrank.model.tower import Tower
 from patchrank.pruning import predictor, prompts
 from patchrank.pruning.bundle import Bundle
 from patchrank.store import rankings
@@ -89,6 +95,69 @@ def test_from_photos_to_three_lines_that_run_as_they_stand(photos, address, tmp_
     assert "time          about" not in again and again.endswith(lines)
     assert not changed & {"shard-000000.tar", "predictor.safetensors", "tokens.safetensors"}
     assert not any(name.endswith(".parquet") for name in changed)
+
+
+def saved(model, folder, size=20):
+    """A folder of transformers with a model and what prepares its images; returns its name for --model."""
+    model.save_pretrained(folder)
+    if hasattr(model, "text_model"):
+        transformers_models.tokenizer().save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": size, "width": size}).save_pretrained(folder)
+    return f"hf:{folder}"
+
+
+@pytest.mark.parametrize(
+    "make, size",
+    [(transformers_models.siglip, 20), (lambda: vision_model("hf-dinov2"), 28)],
+    ids=["classes by their names", "no text tower, and images of another size than its configuration's"],
+)
+def test_models_of_transformers(photos, address, tmp_path, capsys, make, size):
+    """The lines load what was fitted, and so do those of the bundle's card."""
+    model, out = make(), tmp_path / "bundle"
+    given = ["--model", saved(model, tmp_path / "model", size), "--class-folders", "--samples-seen", "32"]
+    assert job.main(flags(photos, out, address, *given)) == 0
+    record = Record.read(f"{out}-work/evaluation")
+    assert record.class_names == ["bright", "dark"] and all(figure.top1 is not None for figure in record.figures)
+    printed = capsys.readouterr().out.split("these lines use it\n\n")[1]
+    assert len(printed.splitlines()) == 3
+    exec(printed, namespace := {})
+    loaded = namespace["model"]
+    found = getattr(loaded, "get_image_features", loaded)(pixel_values=torch.rand(2, 3, size, size))
+    assert found.patch_ids.shape == (2, round(0.6 * (size // 4) ** 2)) and isinstance(loaded, type(model))
+    card = (out / "README.md").read_text().split("```")[1].removeprefix("python\n")
+    for written, here in {'"hf:': '"', '"model"': f'"{tmp_path / "model"}"', "path/to/this/folder": str(out)}.items():
+        card = card.replace(written, here)
+    exec(card, namespace := {"image": Image.open(photos / "photos/bright/2.png").convert("RGB")})
+    assert namespace["outputs"].patch_ids.shape == found.patch_ids[:1].shape
+
+
+def test_the_lines_load_a_projection_that_automodel_leaves_out(photos, tmp_path):
+    """Of a CLIPVisionModelWithProjection; without its projection it is another model."""
+    model = transformers_models.moved(
+        transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**VISION, projection_dim=24))
+    )
+    name = saved(model, tmp_path / "model")
+    loaded, out = load(name), str(tmp_path / "bundle")
+    tower = Tower(loaded.visual)
+    about = {"name": name, "pretrained": None, "weights": loaded.weights, "cut": tower.cut}
+    untrained = predictor.Predictor(predictor.PredictorConfig.of(tower))
+    predictor.save(str(tmp_path / "predictor"), untrained, {"model": about, "keep": 0.6})
+    Bundle.from_training(loaded, str(tmp_path / "predictor")).save_pretrained(out)
+    exec(job.lines(FitJob([], out, model=ModelSource(name))), namespace := {})
+    assert namespace["model"](torch.rand(2, 3, 20, 20)).image_embeds.shape == (2, 24)
+    assert namespace["model"].vision_model.patch_ids.shape == (2, 15)
+    assert "transformers.CLIPVisionModelWithProjection.from_pretrained" in (Path(out) / "README.md").read_text()
+
+
+def test_a_model_without_a_text_tower_is_refused_before_it_is_trained_for(photos, tmp_path):
+    name = saved(vision_model("hf-vit"), tmp_path / "model")
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps(["bright", "dark"]))
+    given = {"model": ModelSource(name), "held_out": 0.25}
+    with pytest.raises(
+        UserError, match=r"text tower is missing, .* so --classes cannot be turned into class embeddings"
+    ):
+        Fit(FitJob([str(photos / "photos")], str(tmp_path / "out"), **given, classes=ClassSource(str(names))))
 
 
 def test_images_are_searched_first_where_that_is_wanted(photos, address, tmp_path, capsys):

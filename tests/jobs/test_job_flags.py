@@ -50,7 +50,7 @@ DEFAULTS = {
     train_predictor: {
         **IMAGES, **TRAINING, "loss": "bce", "target": None, "width": SCALED, "expansion": 2.0, "mixing": SCALED,
         "layers": 2, "readout": True, "class_token": True,
-        "golden": 0.5, "keep": 0.5, "out": "predictor", "epochs": 10, "learning_rate": 0.003,
+        "golden": 0.5, "objective": None, "keep": 0.5, "out": "predictor", "epochs": 10, "learning_rate": 0.003,
     },
     train_tokens: {
         **IMAGES, **TRAINING, "predictor": "predictor", "keep": 0.6, "tokens": 4, "place": "cut", "text": False,

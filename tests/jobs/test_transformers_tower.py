@@ -6,13 +6,16 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import transformers_models
 import webdataset as wds
 from PIL import Image
 
+from cluster.fit import Fit, FitJob
 from jobs import evaluate as evaluate_job
 from jobs import search
 from patchrank.errors import UserError
+from patchrank.model.loading import ModelSource
 from patchrank.pruning.predictor import PredictorConfig
 from patchrank.report import evaluation, gallery
 from patchrank.store import rankings
@@ -48,6 +51,9 @@ def test_from_a_search_to_an_evaluation(address, tmp_path, capsys):
     assert images.tower.grid == (5, 5)
     images, _ = open_images(ImageSource(rankings=str(tmp_path / "patches"), shards=[shard], test=[]))
     shape = PredictorConfig.of(images.tower)
-    with pytest.raises(UserError, match="--golden: must be 1, as these rankings are of patches"):
-        PredictorTask(images, config=shape)
-    assert PredictorTask(images, config=shape, golden=1.0).target == "rank"
+    task = PredictorTask(images, config=shape)
+    assert task.target == "rank" and task.objective == "patches"
+    found = task.evaluate(task.start(torch.device("cpu"), 2), 0, 1, lambda sums: sums)
+    assert 0 < found["held-out/cosine of patches at keep 0.4"] < found["held-out/cosine of patches at keep 0.8"] < 1
+    with pytest.raises(UserError, match="are of patches, and a fit is for embeddings"):
+        Fit(FitJob([shard], str(tmp_path / "out"), rankings=str(tmp_path / "patches"), model=ModelSource(name)))

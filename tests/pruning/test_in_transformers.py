@@ -141,13 +141,7 @@ def test_two_towers_and_heads(images):
     torch.testing.assert_close(out.image_embeds, torch.nn.functional.normalize(close.pooler_output, dim=-1))
     assert model.get_image_features(images, return_dict=False)[1].shape == (2, 24)
 
-    siglip = transformers_models.moved(
-        transformers.SiglipModel(
-            transformers.SiglipConfig(
-                text_config={**transformers_models.TEXT, "projection_size": 32}, vision_config=towers.VISION
-            )
-        )
-    )
+    siglip = transformers_models.siglip()
     patchrank.prune(siglip, "random", keep=0.5)
     assert siglip.get_image_features(images).pooler_output.shape == (2, 32)
     assert siglip(input_ids=texts, pixel_values=images).logits_per_image.shape == (2, 3)
@@ -189,6 +183,25 @@ def test_the_same_weights_are_the_same_model_in_both_libraries(small_clip, image
         patchrank.prune(gelu, bundle_for(small_clip(image_size=20).visual))
 
 
+def test_siglip_of_open_clip_is_that_of_transformers(small_clip, images):
+    """Which has timm's weights by other names, and GELU by its approximation, as they were trained."""
+    for act_layer, rounding in (("gelu_tanh", 1e-5), (None, 1e-3)):
+        visual, vision = transformers_models.siglip_twins(act_layer)
+        model = small_clip(image_size=20)
+        model.visual = visual
+        for dtype in (torch.float32, torch.float16):
+            assert tower_digest(visual, dtype) == tower_digest(tower_of(vision), dtype)
+        bundle = bundle_for(visual)
+        patchrank.prune(model, bundle, keep=0.5)
+        patchrank.prune(vision, bundle, keep=0.5)
+        found = vision(images).pooler_output
+        torch.testing.assert_close(found, model.encode_image(images), rtol=rounding, atol=rounding)
+        assert torch.equal(vision.patch_ids, model.visual.patch_ids)
+    patchrank.restore(vision).encoder.layers[0].mlp.fc1 = Tuned(vision.encoder.layers[0].mlp.fc1)
+    with pytest.raises(UserError, match="this bundle is for small"):  # another model, though its weights are there
+        patchrank.prune(vision, bundle)
+
+
 def test_it_is_the_same_object_with_the_same_weights(images, tmp_path):
     model = transformers_models.clip()
     count, keys, kind = model.num_parameters(), list(model.state_dict()), type(model.vision_model)
@@ -204,17 +217,15 @@ def test_it_is_the_same_object_with_the_same_weights(images, tmp_path):
         assert not torch.equal(other.get_image_features(images).pooler_output, wanted)
         patchrank.restore(other)
         assert type(other.vision_model) is kind
-    about = bundle.model | {"name": "hf:org/clip"}
-    card = str(Bundle(about, asdict(bundle.predictor.config)).generate_model_card())
-    assert 'transformers.AutoModel.from_pretrained("org/clip")' in card and "open_clip" not in card.split("```")[1]
     low = copy.deepcopy(model).to(torch.bfloat16)
     found = low.get_image_features(images.bfloat16()).pooler_output
     assert found.dtype == torch.bfloat16 and torch.cosine_similarity(found.float(), wanted).min() > 0.95
     assert {part.dtype for part in low.vision_model.pruned_tower.parameters()} == {torch.bfloat16}
     for each in (model, model.vision_model):
-        with pytest.raises(UserError, match="save the bundle") as error:
-            each.save_pretrained(tmp_path / "nothing")
-        assert "\n" not in str(error.value)
+        for save in (each.save_pretrained, each.push_to_hub):
+            with pytest.raises(UserError, match="save the bundle") as error:
+                save(str(tmp_path / "nothing"))
+            assert "\n" not in str(error.value)
     assert not (tmp_path / "nothing").exists()
     patchrank.restore(model).save_pretrained(tmp_path / "model")
     loaded = transformers.AutoModel.from_pretrained(tmp_path / "model").eval()
@@ -323,6 +334,9 @@ def test_what_a_pruned_model_cannot_do_is_refused(images):
     bert = transformers.BertModel(transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
     with pytest.raises(UserError, match=r"a BertModel cannot be pruned: .* vision model of transformers"):
         patchrank.prune(bert, "random")
+    drawing = transformers.ViTForMaskedImageModeling(transformers.ViTConfig(**towers.VISION))
+    with pytest.raises(UserError, match="a ViTForMaskedImageModeling cannot be pruned: it takes its tokens for all"):
+        patchrank.prune(drawing, "random", keep=16 / N)  # a grid again
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

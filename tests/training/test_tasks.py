@@ -40,14 +40,14 @@ def made(source, kind, steps=20, **changes):
     images, _ = open_images(replace(source, **changes))
     torch.manual_seed(0)
     shape = PredictorConfig(images.tower.grid, images.tower.width)
-    if kind == "predictor":
-        task = PredictorTask(images, config=shape)
+    if kind != "tokens":
+        task = PredictorTask(images, config=shape, objective="patches" if kind == "patches" else None)
     else:
         task = TokensTask(images, config=TokensConfig(images.tower.width, 2), predictor=Predictor(shape))
     return task, task.start(CPU, steps)
 
 
-@pytest.mark.parametrize("kind", ["predictor", "tokens"])
+@pytest.mark.parametrize("kind", ["predictor", "patches", "tokens"])
 def test_two_workers_have_the_loss_and_the_gradient_of_one(source, kind):
     task, module = made(source, kind)
     whole = list(itertools.islice(task.batches(0, 1, 8, 1, 0), 3))
@@ -64,7 +64,7 @@ def test_two_workers_have_the_loss_and_the_gradient_of_one(source, kind):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["predictor", "tokens"])
+@pytest.mark.parametrize("kind", ["predictor", "patches", "tokens"])
 def test_a_run_that_goes_on_has_the_steps_of_an_undisturbed_one(source, kind):
     task, module = made(source, kind)
     whole = [task.loss(module, lesson).item() for lesson in itertools.islice(task.batches(0, 1, 8, 2, 0), 12)]
