@@ -7,8 +7,9 @@
 `measure` ranks photos through gates by the score "similarities", with a bank of texts and one of images, takes their
 rankings by other scores from what benchmarks/frontier.py left, and embeds them, whole and pruned. After each photo the
 results are written, so it can be stopped, run again with more photos or shards, and goes on from there. `show` prints
-the table: the mean cosine; the share of photos whose most similar text stays the same, of each file; and how many of
-the nearest photos stay the nearest, where the query alone is pruned.
+the table: the mean of 1 - cosine; of each file of texts the share of photos whose most similar one stays the same, and
+the mean divergence of the softmax over them; and how many of the nearest photos stay the nearest, where the query alone
+is pruned.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from patchrank.errors import run
 from patchrank.model import classes, loading
 from patchrank.model.tower import Tower
 from patchrank.search.config import SearchConfig
+from patchrank.search.objective import Objective
 from patchrank.search.searcher import Searcher
 from patchrank.tokens import tokens_kept
 
@@ -94,8 +96,9 @@ def show(args: argparse.Namespace) -> int:
     texts = [classes.from_file(spec, whole.shape[1], flag="--answers").embeddings for spec in args.answers]
     names = [spec.rpartition(":")[2] for spec in args.answers]
     print(f"{len(photos)} photos; at keep {', '.join(map(str, KEEP_RATES))}; % of {NEAREST} nearest photos")
-    print("| search | 1 - cosine, thousandths | " + " | ".join([f"{name}, %" for name in names]) + " | neighbours, % |")
-    print("|" + "---|" * (3 + len(names)))
+    heads = [head for name in names for head in (f"{name}, %", f"divergence of {name}")]
+    print("| search | 1 - cosine, thousandths | " + " | ".join(heads) + " | neighbours, % |")
+    print("|" + "---|" * (3 + len(heads)))
     for search, found in by_search.items():
         pruned = F.normalize(torch.tensor([found[photo]["pruned"] for photo in photos]), dim=-1)  # (P, K, E)
         lost = 1000 * (1 - (pruned * whole[:, None]).sum(dim=-1))  # (P, K)
@@ -103,6 +106,10 @@ def show(args: argparse.Namespace) -> int:
         for text in texts:
             same = (pruned @ text.T).argmax(dim=-1) == (whole @ text.T).argmax(dim=-1)[:, None]  # (P, K)
             cells.append(_percent(same.double().mean(dim=0)))
+            kept = Objective("similarities", whole, bank=text, logit_scale=loading.IMAGE_TOWER_LOGIT_SCALE)
+            image = torch.arange(len(whole))
+            lost = -torch.stack([kept.score_minus_one(each, image) for each in pruned.unbind(dim=1)], dim=1)  # (P, K)
+            cells.append(" ".join(f"{value:.2f}" for value in lost.mean(dim=0).tolist()))
         cells.append(_percent(_neighbours(whole, pruned)))
         print(f"| {search} | " + " | ".join(cells) + " |")
     return 0

@@ -37,4 +37,4 @@ def test_it_measures_resumes_and_shows(data, tmp_path):
     assert lines[0].startswith("7 photos; at keep 0.6, 0.5, 0.4") and "answers, %" in lines[1]
     found = {line.split(" | ")[0].removeprefix("| "): line.strip("| ").split(" | ")[1:] for line in lines[3:]}
     assert list(found) == ["one-shot r=2", "similarities to texts, gates n=16", "similarities to images, gates n=16"]
-    assert all(len(cells) == 3 and 0 <= float(cells[1].split()[0]) <= 100 for cells in found.values())
+    assert all(len(cells) == 4 and 0 <= float(cells[1].split()[0]) <= 100 for cells in found.values())
