@@ -11,7 +11,7 @@ import ray
 from cluster.actor import ShardCost, Shared
 from cluster.places import Places, connected
 from cluster.pool import Failed, Pool
-from cluster.rank import SearchJob, plan_of, settings
+from cluster.rank import SearchJob, bank_of, plan_of, settings
 from cluster.ranking_actor import RankingActor
 from patchrank.data import shards
 from patchrank.errors import UserError
@@ -71,6 +71,7 @@ def estimate(job: SearchJob) -> Estimate:
     uris = shards.expand(job.shards)
     model = job.model.load()
     folder = Folder(job.out)
+    compared = bank_of(job, model, folder, uris)
     with storage.one_line_errors(folder.uri):
         found = folder.read()
         done = folder.finished(uris) if found else set()
@@ -79,8 +80,8 @@ def estimate(job: SearchJob) -> Estimate:
         tower = Tower(model.visual, job.model.cut, loading.resolve_dtype(job.model.dtype, places.gpu), name=model.name)
         if found:  # classes apart, which would take time to make
             there = found["settings"] | {"classes": None}
-            folder.check_same(there, settings(job, model, tower, FoundClasses()))
-        # Class embeddings would take time to make.
+            folder.check_same(there, settings(job, model, tower, FoundClasses(), compared))
+        # Class embeddings and banks would take time to make.
         config = job.config if SCORES[job.config.score].patches else replace(job.config, score="preservation")
         searcher = Searcher(tower, config, keep_rates=job.keep_rates)
         actors = min(places.actors, len(todo))

@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from cluster import bank
 from cluster.actor import OutputError, Shared
 from cluster.places import Machines, Places, connected
 from cluster.pool import PATIENCE, Failed, Pool
@@ -26,7 +27,10 @@ from patchrank.model import class_source, loading
 from patchrank.model.class_source import ClassSource, FoundClasses
 from patchrank.model.loading import Model, ModelSource
 from patchrank.model.tower import Tower
+from patchrank.search import bank as banks
+from patchrank.search.bank import FoundBank
 from patchrank.search.config import SearchConfig
+from patchrank.search.objective import SCORES
 from patchrank.store import partial, rankings, retry, status, storage
 from patchrank.store.folder import Folder
 
@@ -47,6 +51,13 @@ class SearchJob:
     model: ModelSource = group("model", ModelSource)
     classes: ClassSource = group("classes, for predictions and for the scores 'label' and 'confidence'", ClassSource)
     config: SearchConfig = group("search", SearchConfig)
+    bank: str | None = flag(
+        None,
+        "of the score 'similarities': texts, as --classes, embeddings, as --class-embeddings, or a tar of images (the "
+        "first images of the shards)",
+        metavar="FILE",
+        group="search",
+    )
     keep_rates: Sequence[float] = flag((0.8, 0.7, 0.6, 0.5, 0.4), "to predict at (%(default)s)", nargs="*")
     machines: Machines = group("machines", Machines)
     patience: float = flag(PATIENCE, "stop once all actors are lost and none is back for so many seconds (%(default)g)")
@@ -57,6 +68,8 @@ class SearchJob:
     def __post_init__(self) -> None:
         at_least(self, 1, "limit", "max_pixels", "patience", "images_per_batch", "candidates_per_batch")
         at_least(self, 0, "keep_work")
+        if self.bank and not SCORES[self.config.score].bank:
+            raise UserError(f"--bank {self.bank}: is of --score similarities, not of {self.config.score}")
 
 
 @dataclass
@@ -109,10 +122,12 @@ def search(job: SearchJob) -> SearchSummary:
     model = job.model.load()
     folder = Folder(job.out)
     classes = class_source.find(job.classes, names, model, folder, prototypes)
+    compared = bank_of(job, model, folder, uris)
     with connected(job.machines, len(uris)) as places, storage.one_line_errors(folder.uri):
         tower = Tower(model.visual, job.model.cut, loading.resolve_dtype(job.model.dtype, places.gpu), name=model.name)
-        job.config.check(tower.grid, job.keep_rates, classes=classes.identity is not None)  # before anything is written
-        told = settings(job, model, tower, classes)
+        # Before anything is written.
+        job.config.check(tower.grid, job.keep_rates, classes.identity is not None, compared is not None)
+        told = settings(job, model, tower, classes, compared)
         if job.retry_rejects and (there := folder.read()):
             told["max_pixels"] = there["settings"].get("max_pixels")  # may be another this time
         folder.prepare(told, rankings.COLUMNS)
@@ -133,10 +148,16 @@ def search(job: SearchJob) -> SearchSummary:
         pool.patience = job.patience
         plan = plan_of(job, folder, model, places)
         known = settle(pool, classes, folder, plan.images_per_batch)
-        plan = replace(plan, classes=known.embeddings if known else None, again=frozenset(again))
+        embeddings = bank.settle(pool, compared, folder, plan.images_per_batch)
+        plan = replace(plan, classes=known.embeddings if known else None, bank=embeddings, again=frozenset(again))
         work_through(pool, "rank", folder, ray.put(plan), todo, summary, job.limit, again)
         summary.seconds = time.monotonic() - start
     return summary
+
+
+def bank_of(job: SearchJob, model: Model, folder: Folder, uris: Sequence[str]) -> FoundBank | None:
+    """What images are compared with; None where the score needs no bank. Raises UserError."""
+    return banks.find(job.bank, model, folder, uris) if SCORES[job.config.score].bank else None
 
 
 def plan_of(job: SearchJob, folder: Folder, model: Model, places: Places) -> Plan:
@@ -199,7 +220,9 @@ def work_through(
         summary.failures[uri] = "was finished, but its table has since been taken out of the folder"
 
 
-def settings(job: SearchJob, model: Model, tower: Tower, classes: FoundClasses) -> dict[str, Any]:
+def settings(
+    job: SearchJob, model: Model, tower: Tower, classes: FoundClasses, bank: FoundBank | None
+) -> dict[str, Any]:
     """What decides the rankings, and under "about" what does not."""
     return {
         "model": model_settings(model, tower),
@@ -207,6 +230,7 @@ def settings(job: SearchJob, model: Model, tower: Tower, classes: FoundClasses) 
         "search": asdict(job.config),
         "keep_rates": list(job.keep_rates),
         "classes": classes.identity,
+        **({} if bank is None else {"bank": bank.identity}),  # folders of other scores have none
         "limit": job.limit,
         "max_pixels": job.max_pixels,
         "about": about(model, job.model.pretrained, classes, job.shards),

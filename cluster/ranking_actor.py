@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from cluster.actor import ShardCost, Shared, TowerActor, keeper
 from cluster.pool import Failed
 from patchrank.data.progress import Progress, ShardReport
+from patchrank.data.prototypes import embedded
 from patchrank.data.shard_job import Reading, ShardResult
 from patchrank.data.shards import ShardError
 from patchrank.search.config import SearchConfig
@@ -23,7 +25,7 @@ from patchrank.store.retry import Known
 
 @dataclass(frozen=True)
 class Plan:
-    """What an actor must know to rank a shard; `classes` is (K, E) or None."""
+    """What an actor must know to rank a shard; `classes` is (K, E) or None, `bank` (M, E) or None."""
 
     folder: Folder
     config: SearchConfig
@@ -34,6 +36,7 @@ class Plan:
     candidates_per_batch: int | None
     limit: int | None
     keep_work: float = partial.SECONDS
+    bank: Tensor | None = None
     again: frozenset[str] = frozenset()  # finished shards of which what was rejected is tried again
 
 
@@ -49,7 +52,9 @@ class RankingActor(TowerActor):
         with self._loading:
             if self._ranker is None:
                 chunk = plan.candidates_per_batch
-                searcher = Searcher(tower, plan.config, plan.classes, plan.logit_scale, plan.keep_rates, chunk)
+                searcher = Searcher(
+                    tower, plan.config, plan.classes, plan.logit_scale, plan.keep_rates, chunk, plan.bank
+                )
                 num_classes = None if plan.classes is None else len(plan.classes)
                 threads = shared.places.threads
                 reading = Reading(preprocess, plan.images_per_batch, plan.limit, threads, num_classes)
@@ -77,6 +82,17 @@ class RankingActor(TowerActor):
             return self._made(shard, plan.folder, work, part, rankings.encode)
         except ShardError as error:
             return Failed(str(error))
+
+    def embeddings(self, shared: Shared, shard: str, count: int, images_per_batch: int) -> Tensor | Failed:
+        """Of a shard's first so many samples the embeddings, (M, E) float32; `Failed` where it cannot be read."""
+        tower, preprocess = self._load(shared)
+        with self._watched(shard) as progress:
+            try:
+                reading = Reading(preprocess, images_per_batch, count, shared.places.threads)
+                parts = [found for found, _ in embedded(tower, shard, reading, progress, self._device)]
+            except ShardError as error:
+                return Failed(str(error))
+            return torch.cat([torch.empty(0, tower.embed_dim), *(part.float() for part in parts)])
 
     def estimate(self, shared: Shared, shard: str, plan: Plan, seconds: float) -> ShardCost | Failed:
         """How long an image of a shard takes, from about so many seconds of timing; nothing is written."""

@@ -43,8 +43,13 @@ def softmax(embedding, classes, logit_scale):
 
 
 def token_score(name, embedding, full, classes, logit_scale, label):
+    """`classes` are the bank where that is what images are compared with."""
     if name == "preservation":
         return cosine(embedding, full)
+    if name == "similarities":
+        others = classes[[cosine(full, each) <= 0.999 for each in classes]]
+        whole, likely = (softmax(each, others, logit_scale) for each in (full, embedding))
+        return 1 - sum(p * math.log(p / q) for p, q in zip(whole.tolist(), likely.tolist(), strict=True))
     likely = softmax(embedding, classes, logit_scale)
     return (likely.max() if name == "confidence" else likely[label]).item()
 

@@ -48,29 +48,32 @@ class Classes:
     names: list[str] | None
 
 
-def read_names(path: str) -> list[str]:
+def read_names(path: str, flag: str = "--classes") -> list[str]:
     """Class names by label from a JSON list, or from a text file with one name a line.
+
+    Args:
+        flag: that named the file, for messages.
 
     Raises:
         UserError: the file cannot be read, or is not such a list.
     """
     try:
-        content = text.decode(_read(path, "--classes"))
+        content = text.decode(_read(path, flag))
     except ValueError as error:
-        raise UserError(f"--classes {path}: {error}") from None
+        raise UserError(f"{flag} {path}: {error}") from None
     if path.lower().endswith(".json") or content.lstrip().startswith('["'):
         try:
             names = json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"--classes {path}: not JSON: {error}") from None
+            raise UserError(f"{flag} {path}: not JSON: {error}") from None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise UserError(f"--classes {path}: must be a JSON list of names, in the order of the labels")
+            raise UserError(f"{flag} {path}: must be a JSON list of names, in the order of the labels")
     else:
         names = [line.strip() for line in text.lines(content.rstrip())] if content.strip() else []
         if "" in names:  # left out, it would give all that follow the name of another
-            raise UserError(f"--classes {path}: line {names.index('') + 1} is blank; a line is a class, so take it out")
+            raise UserError(f"{flag} {path}: line {names.index('') + 1} is blank; a line is a class, so take it out")
     if not names:
-        raise UserError(f"--classes {path}: holds no names")
+        raise UserError(f"{flag} {path}: holds no names")
     return names
 
 
@@ -119,7 +122,9 @@ def from_text(model: Model, names: Sequence[str], prompts: Sequence[Template]) -
     return Classes(weights.T.float().contiguous(), identity, list(names))
 
 
-def from_file(spec: str, embed_dim: int, names: Sequence[str] | None = None) -> Classes:
+def from_file(
+    spec: str, embed_dim: int, names: Sequence[str] | None = None, flag: str = "--class-embeddings"
+) -> Classes:
     """Class embeddings from a file.
 
     Args:
@@ -127,31 +132,32 @@ def from_file(spec: str, embed_dim: int, names: Sequence[str] | None = None) -> 
             array ARRAY_names beside it, of K texts, gives the names where `names` is None.
         embed_dim: E of the model.
         names: class names, which must be as many as the embeddings.
+        flag: that named the file, for messages.
 
     Raises:
         UserError: the file cannot be read, or the array has another width than the model, or the names another number.
     """
-    path, array = _split(spec)
-    arrays = _arrays(path)
+    path, array = _split(spec, flag)
+    arrays = _arrays(path, flag)
     if array is None:
         tables = [name for name, value in arrays.items() if value.ndim == 2]
         if len(tables) != 1:
             held = ", ".join(tables) or "no table"
-            raise UserError(f"--class-embeddings {path}: holds {held}; name one, as {path}:ARRAY")
+            raise UserError(f"{flag} {path}: holds {held}; name one, as {path}:ARRAY")
         array = tables[0]
     if array not in arrays:
-        raise UserError(f"--class-embeddings {spec}: no array {array!r}; the file holds {', '.join(arrays)}")
+        raise UserError(f"{flag} {spec}: no array {array!r}; the file holds {', '.join(arrays)}")
     found = arrays[array]
     if found.ndim != 2 or found.shape[1] != embed_dim:
         shape = " x ".join(str(size) for size in found.shape)
-        raise UserError(f"--class-embeddings {spec}: is {shape}, but the model's embeddings have width {embed_dim}")
+        raise UserError(f"{flag} {spec}: is {shape}, but the model's embeddings have width {embed_dim}")
     embeddings = torch.from_numpy(found.astype(np.float32))  # (K, E)
     if not embeddings.isfinite().all() or not embeddings.norm(dim=1).all():
-        raise UserError(f"--class-embeddings {spec}: holds an embedding that is zero or not finite")
+        raise UserError(f"{flag} {spec}: holds an embedding that is zero or not finite")
     if names is None and f"{array}_names" in arrays:
         names = [str(name) for name in arrays[f"{array}_names"]]
     if names is not None and len(names) != len(embeddings):
-        raise UserError(f"--class-embeddings {spec}: {len(embeddings)} embeddings, but {len(names)} class names")
+        raise UserError(f"{flag} {spec}: {len(embeddings)} embeddings, but {len(names)} class names")
     digest = hashlib.sha256(embeddings.numpy().tobytes()).hexdigest()[:16]
     return Classes(F.normalize(embeddings, dim=-1), f"file {digest}", None if names is None else list(names))
 
@@ -215,27 +221,27 @@ def classes_of(corpus: Rankings) -> tuple[str | None, Classes | None]:
     return identity, known
 
 
-def _split(spec: str) -> tuple[str, str | None]:
+def _split(spec: str, flag: str) -> tuple[str, str | None]:
     for suffix in (".npz", ".safetensors"):
         path, found, array = spec.partition(f"{suffix}:")
         if found:
             return path + suffix, array
         if spec.endswith(suffix):
             return spec, None
-    raise UserError(f"--class-embeddings {spec}: must be a .safetensors or .npz file")
+    raise UserError(f"{flag} {spec}: must be a .safetensors or .npz file")
 
 
-def _arrays(path: str) -> dict[str, np.ndarray]:
-    data = _read(path, "--class-embeddings")
+def _arrays(path: str, flag: str) -> dict[str, np.ndarray]:
+    data = _read(path, flag)
     if reason := stand_in(data[:512], binary=True):
-        raise UserError(f"--class-embeddings {path}: {reason}")
+        raise UserError(f"{flag} {path}: {reason}")
     try:
         if path.endswith(".npz"):
             with np.load(io.BytesIO(data), allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files}
         return {name: value.float().numpy() for name, value in safetensors.torch.load(data).items()}
     except Exception as error:  # zip, header and pickle errors alike mean: not such a file
-        raise UserError(f"--class-embeddings {path}: cannot be read ({storage.one_line(error)})") from None
+        raise UserError(f"{flag} {path}: cannot be read ({storage.one_line(error)})") from None
 
 
 def _read(path: str, flag: str) -> bytes:

@@ -84,18 +84,21 @@ class SearchConfig:
         file, name = STRATEGIES[self.rank_by].split(".")
         return getattr(importlib.import_module(f"patchrank.search.{file}"), name)
 
-    def check(self, grid: tuple[int, int], keep_rates: Sequence[float], classes: bool) -> None:
+    def check(self, grid: tuple[int, int], keep_rates: Sequence[float], classes: bool, bank: bool = False) -> None:
         """Raises UserError where the search does not fit a model.
 
         Args:
             grid: rows x columns of the tower's tokens.
             keep_rates: at which pruned images are predicted, each above 0 and at most 1.
             classes: whether there are class embeddings.
+            bank: whether there are embeddings that images are compared with.
         """
         if SCORES[self.score].classes and not classes:
             raise UserError(
                 f"--score {self.score} needs class embeddings: --classes, --class-embeddings or --prototypes"
             )
+        if SCORES[self.score].bank and not bank:
+            raise UserError(f"--score {self.score} needs a bank of embeddings that images are compared with")
         if self.block > min(grid):
             raise UserError(f"--block {self.block}: larger than the grid of {grid[0]} x {grid[1]} tokens")
         for keep in keep_rates:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from patchrank.model import zero_shot
+
+ITSELF = 0.999  # the cosine from which on an image of the bank is this one, or a copy
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Objective:
         classes: (K, E), normalised class embeddings, or None where the score needs none.
         logit_scale: the factor on cosines before the softmax over classes.
         labels: (B,) int64 in 0 .. K-1, or None where the score needs none.
+        bank: (M, E), normalised embeddings that images are compared with, or None where the score needs none.
 
     Raises:
         ValueError: the score needs labels, and there are none.
@@ -35,6 +39,7 @@ class Objective:
     classes: Tensor | None = None
     logit_scale: float = 100.0
     labels: Tensor | None = None
+    bank: Tensor | None = None
 
     def __post_init__(self) -> None:
         if SCORES[self.score].labels and self.labels is None:
@@ -43,7 +48,9 @@ class Objective:
     @property
     def width(self) -> int:
         """The largest count of numbers that the score of one candidate is made of: class probabilities, or one."""
-        return len(self.classes) if SCORES[self.score].classes and self.classes is not None else 1
+        score = SCORES[self.score]
+        against = self.classes if score.classes else self.bank if score.bank else None
+        return 1 if against is None else len(against)
 
     def score_minus_one(self, embeddings: Tensor, image: Tensor) -> Tensor:
         """s - 1, for scores s: minus what is missing to 1.
@@ -69,6 +76,25 @@ class Objective:
         assert self.classes is not None  # `SearchConfig.check` has seen to it
         return zero_shot.logits(embeddings, self.classes, self.logit_scale).double().softmax(dim=-1)
 
+    def log_similarities(self, embeddings: Tensor, image: Tensor) -> Tensor:
+        """Log-softmax over the bank, without the images themselves: (C, E), (C,) as above -> (C, M) float64."""
+        assert self.bank is not None  # `SearchConfig.check` has seen to it
+        similarities = zero_shot.logits(embeddings, self.bank, self.logit_scale).double()
+        return similarities.masked_fill(self._itself[image], -1e9).log_softmax(
+            dim=-1
+        )  # no -inf, whose difference is nan
+
+    @cached_property
+    def _itself(self) -> Tensor:
+        """Which embeddings of the bank are of the same image, (B, M) bool: others would count for nothing beside it."""
+        assert self.bank is not None
+        return zero_shot.logits(self.whole, self.bank, 1.0) > ITSELF
+
+    @cached_property
+    def whole_log_similarities(self) -> Tensor:
+        """`log_similarities` of the whole images, (B, M) float64."""
+        return self.log_similarities(self.whole, torch.arange(len(self.whole), device=self.whole.device))
+
 
 def _preservation(batch: Objective, embeddings: Tensor, image: Tensor) -> Tensor:
     """Of the cosine to the whole image's embedding."""
@@ -79,6 +105,12 @@ def _preservation(batch: Objective, embeddings: Tensor, image: Tensor) -> Tensor
 def _patches(batch: Objective, embeddings: Tensor, image: Tensor) -> Tensor:
     """Of the mean over all patches of the cosines that `PatchCosines` gives in the place of embeddings."""
     return embeddings.double().mean(dim=-1) - 1
+
+
+def _similarities(batch: Objective, embeddings: Tensor, image: Tensor) -> Tensor:
+    """Of 1 less the divergence, KL(whole || candidate), of the softmax of the similarities to the bank."""
+    whole = batch.whole_log_similarities[image]  # (C, M)
+    return (whole.exp() * (batch.log_similarities(embeddings, image) - whole)).sum(dim=-1)
 
 
 def _confidence(batch: Objective, embeddings: Tensor, image: Tensor) -> Tensor:
@@ -100,17 +132,19 @@ def _minus_others(likely: Tensor, label: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Score:
-    """A score: the function behind `Objective.score_minus_one`, whether it needs classes and labels, and whether it is
-    of the patches' features instead of the image's embedding."""
+    """A score: the function behind `Objective.score_minus_one`, whether it needs classes, labels or a bank, and whether
+    it is of the patches' features instead of the image's embedding."""
 
     minus_one: Callable[[Objective, Tensor, Tensor], Tensor]
     classes: bool = False
     labels: bool = False
     patches: bool = False
+    bank: bool = False
 
 
 SCORES = {
     "preservation": Score(_preservation),
+    "similarities": Score(_similarities, bank=True),
     "patches": Score(_patches, patches=True),
     "confidence": Score(_confidence, classes=True),
     "label": Score(_label, classes=True, labels=True),

@@ -58,6 +58,7 @@ class Searcher:
         logit_scale: the factor on cosines before the softmax over classes.
         keep_rates: at which the pruned image is predicted.
         chunk: candidates a forward pass, `default_chunk` where None; halved, for good, whenever memory runs out.
+        bank: (M, E) normalised embeddings that images are compared with, for the "similarities" score alone.
 
     Raises:
         UserError: as `SearchConfig.check`.
@@ -71,11 +72,13 @@ class Searcher:
         logit_scale: float = 100.0,
         keep_rates: Sequence[float] = (),
         chunk: int | None = None,
+        bank: Tensor | None = None,
     ) -> None:
-        config.check(tower.grid, keep_rates, classes is not None)
+        config.check(tower.grid, keep_rates, classes is not None, bank is not None)
         self.tower = tower
         self.config = config
         self.classes = None if classes is None else classes.to(tower.device)
+        self.bank = None if bank is None else bank.to(tower.device)
         self.logit_scale = logit_scale
         self.keep_rates = tuple(keep_rates)
         self.candidates = Candidates(tower, config.block, chunk)
@@ -125,13 +128,13 @@ class Searcher:
     def rank(self, tokens: Tensor, whole: Tensor, labels: Tensor | None = None) -> Found:
         """The search alone, of tokens before the cut, (B, p + N, D), and the whole images' embeddings, (B, E)."""
         labels = None if labels is None else labels.to(tokens.device)
-        candidates, classes = self.candidates, None if self.classes is None else self.classes.clone()
-        whole = whole.clone()  # of inference mode, where there may be no gradient
+        candidates, whole = self.candidates, whole.clone()  # of inference mode, where there may be no gradient
+        classes, bank = (None if given is None else given.clone() for given in (self.classes, self.bank))
         if SCORES[self.config.score].patches:
             candidates = copy.copy(candidates)
             candidates.read = PatchCosines(self.tower, tokens, candidates.chunk)
             whole = torch.ones(len(tokens), self.tower.num_tokens, device=tokens.device)  # (B, N)
-        objective = Objective(self.config.score, whole, classes, self.logit_scale, labels)
+        objective = Objective(self.config.score, whole, classes, self.logit_scale, labels, bank)
         found = self.config.strategy(self.config, candidates, tokens, objective).run()
         self.candidates.chunk = candidates.chunk  # which may have been too many
         return found

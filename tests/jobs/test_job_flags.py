@@ -35,7 +35,8 @@ DEFAULTS = {
         **MODEL, **CLASSES, **ACTORS, "shards": [], "out": "rankings", "limit": None, "max_pixels": 89478485,
         "retry_rejects": False,
         "estimate": False, "score": "preservation", "keep": 0.4, "steps": None, "remove_per_step": 4, "block": 1,
-        "rescore": 0, "rank_by": "effects", "proposals": 2, "keep_rates": RATES, "candidates_per_batch": None,
+        "rescore": 0, "rank_by": "effects", "proposals": 2, "bank": None, "keep_rates": RATES,
+        "candidates_per_batch": None,
     },
     evaluate: {
         **MODEL, **CLASSES, **ACTORS, "rankings": None, "shards": [], "out": "evaluation", "limit": None,
@@ -108,6 +109,7 @@ def test_a_search_without_flags_is_of_what_is_embedded():
         (search, "--model embedded", "--model needs --shards: which images"),
         (search, "--pretrained openai", "--pretrained needs --model, an open_clip name"),
         (search, "--limit 0", "--limit 0: must be at least 1"),
+        (search, "--bank b.txt", "--bank b.txt: is of --score similarities, not of preservation"),
         (search, "--rescore some", "--rescore some: must be a number or 'all'"),
         (search, "--gpus-per-actor 2", "--gpus-per-actor 2.0: must be 0, or 0.0001 to 1: an actor works on one GPU"),
         (embed, "--shards a.tar", "--shards and --model are needed"),

@@ -47,6 +47,23 @@ def test_actors_with_two_shards_at_once_make_the_same_tables(data, undisturbed, 
     assert tables(tmp_path / "out") == tables(undisturbed)
 
 
+@pytest.mark.parametrize("flags", [("--rank-by", "gates"), ("--score", "similarities", "--steps", "2")])
+def test_other_searches_make_the_same_tables_whoever_is_lost(data, address, hold, tmp_path, flags):
+    """By one actor at once; or one and then several, one of which is killed. Similarities are to the first images."""
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    whole = search_here(data, alone, "--actors", "1", *flags, address=address)
+    first = search_here(data, out, "--actors", "1", *flags, shards="images-0.tar", address=address)
+    with once_waiting(hold, "1-5", lambda actor: os.kill(actor, signal.SIGKILL)):
+        rest = search_here(data, out, "--actors", "3", *flags, shards="images-{1..5}.tar", address=address)
+    assert [done.returncode for done in (whole, first, rest)] == [0, 0, 0], rest.stderr
+    assert len(tables(out)) == 6 and tables(out) == tables(alone)
+    again = search_here(data, out, "--estimate", *flags, address=address)
+    assert again.returncode == 0 and "6 shards are finished" in again.stdout
+    if "similarities" in flags:
+        other = search_here(data, out, *flags, "--bank", str(data / "classes.json"), address=address)
+        assert other.returncode == 2 and re.search(r'bank: "images \w+" there, "text \w+" now', other.stderr)
+
+
 def test_a_killed_actor_costs_no_row(data, undisturbed, address, hold, tmp_path):
     def kill(actor):
         assert len(tables(tmp_path / "out")) == 1

@@ -85,13 +85,17 @@ def slow_search(visual, image, config, cut, missing):
 
 @pytest.mark.parametrize(
     "score, cut, keep",
-    [("preservation", 1, 0.4), ("confidence", 1, 0.4), ("label", 1, 0.4), ("preservation", 0, 0.7), ("label", 3, 0.4)],
+    [
+        *((score, 1, 0.4) for score in ("preservation", "similarities", "confidence", "label")),
+        ("preservation", 0, 0.7),
+        ("label", 3, 0.4),
+    ],
 )
 def test_agrees_with_a_slow_search(small_clip, score, cut, keep):
     visual, images = small_clip(torch.float64).visual, pictures(2)
     classes = torch.nn.functional.normalize(torch.randn(5, 24, dtype=torch.float64), dim=-1)
     config = SearchConfig(**GATES, score=score, keep=keep)
-    searcher = Searcher(Tower(visual, cut, torch.float64), config, classes, 3.0, (0.5,), chunk=1)
+    searcher = Searcher(Tower(visual, cut, torch.float64), config, classes, 3.0, (0.5,), chunk=1, bank=classes)
     found = searcher.search(images, torch.arange(2))
     assert found.candidates == 2 * 6 and found.finite.all()
     for row, image in enumerate(images):
@@ -99,6 +103,9 @@ def test_agrees_with_a_slow_search(small_clip, score, cut, keep):
         def missing(embedding, full, row=row):
             if score == "preservation":
                 return 1 - torch.cosine_similarity(embedding, full, dim=0)
+            if score == "similarities":
+                whole, likely = (reference.softmax(each, classes, 3.0) for each in (full, embedding))
+                return (whole * (whole / likely).log()).sum()
             likely = reference.softmax(embedding, classes, 3.0)
             return 1 - (likely.max() if score == "confidence" else likely[row])
 

@@ -16,6 +16,7 @@ from patchrank.search.searcher import Searcher
 from patchrank.tokens import tokens_kept
 
 KEEP_RATES = (0.8, 0.5, 0.3)
+SCORES = ("preservation", "similarities", "confidence", "label")
 
 
 def agree(model, config, cut=1, images=3, chunk=7, logit_scale=3.0):
@@ -24,7 +25,10 @@ def agree(model, config, cut=1, images=3, chunk=7, logit_scale=3.0):
     classes = torch.nn.functional.normalize(torch.randn(5, 24, dtype=torch.float64), dim=-1)
     labels = torch.arange(images) % 5
     tower = Tower(model.visual, cut=cut, dtype=torch.float64)
-    found = Searcher(tower, config, classes, logit_scale, KEEP_RATES, chunk=chunk).search(pixels, labels)
+    bank = classes
+    if config.score == "similarities":  # one of the images is in the bank, and has its classes
+        bank = classes = torch.cat([classes, torch.nn.functional.normalize(tower(pixels[:1]), dim=-1)])
+    found = Searcher(tower, config, classes, logit_scale, KEEP_RATES, chunk, bank).search(pixels, labels)
     expected = [
         reference.search(model.visual, image, config, cut, classes, logit_scale, label, KEEP_RATES)
         for image, label in zip(pixels, labels.tolist(), strict=True)
@@ -44,7 +48,7 @@ def agree(model, config, cut=1, images=3, chunk=7, logit_scale=3.0):
     assert found.finite.all()
 
 
-@pytest.mark.parametrize("score", ["preservation", "confidence", "label"])
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("block", [1, 2, 3])
 @pytest.mark.parametrize("rank_by", ["effects", "scores"])
 @pytest.mark.parametrize(
@@ -61,13 +65,13 @@ def test_agrees_with_reference(small_clip, score, block, rank_by, how):
     agree(small_clip(torch.float64), SearchConfig(score=score, block=block, rank_by=rank_by, **how), images=2)
 
 
-@pytest.mark.parametrize("score", ["preservation", "confidence", "label"])
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("block", [1, 2])
 def test_the_search_that_scores_once_agrees(small_clip, score, block):
     agree(small_clip(torch.float64), SearchConfig(score=score, block=block, rescore=0, remove_per_step=3), images=2)
 
 
-@pytest.mark.parametrize("score", ["preservation", "confidence", "label"])
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("block, rescore", [(1, 0), (1, 2), (2, 0), (1, None)])
 @pytest.mark.parametrize("proposals", [1, 3])
 def test_any_number_of_proposals_agrees(small_clip, score, block, rescore, proposals):
