@@ -87,6 +87,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "exact k=20": {**LAZY, "rescore": None, "remove_per_step": 20},
     "exact k=10": {**LAZY, "rescore": None, "remove_per_step": 10},
     "gates n=16": {"rank_by": "gates"},
+    "exchanges": {"rank_by": "exchanges"},
     **{f"gates n={steps}": {"rank_by": "gates", "steps": steps} for steps in (8, 30, 45)},
     **{
         f"{score} {name}": {**config, "score": score}
@@ -343,6 +344,7 @@ def draw(lines: list[dict[str, Any]], path: str) -> None:
         "exact": ("#000000", "^"),
         "effects": ("#009E73", "D"),
         "gates": ("#CC79A7", "P"),
+        "exchanges": ("#E69F00", "X"),
     }
     for axis, column in zip(axes, (2, 3), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="G multiply-adds an image", title=f"keep {KEEP_RATES[column]:.0%}")

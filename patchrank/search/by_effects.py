@@ -64,7 +64,7 @@ class ByEffects(Strategy):
         if again:
             self._learn(highest(self._predicted(self.now), self.alive, again))
         tries = self.tries(self.config, self.alive.shape[1], count)
-        return self._take(self._best(tries, count) if tries else self._propose(self.alive, count))
+        return self._take(self._best(self.alive, tries, count) if tries else self._propose(self.alive, count))
 
     def rest(self) -> Tensor:
         """As `Strategy.rest`."""
@@ -81,13 +81,13 @@ class ByEffects(Strategy):
         self.score_minus_one.scatter_(1, proposal.ids, proposal.score_minus_one)
         return proposal.ids
 
-    def _best(self, tries: int, count: int) -> Proposal:
-        """Propose disjoint sets of tokens, embed the image without each, and choose the one without which it is best.
+    def _best(self, among: Tensor, tries: int, count: int) -> Proposal:
+        """Propose disjoint sets of some tokens, (B, A) ids, embed the image without each, and choose the best to leave.
 
         The effects of the other sets' tokens take equal shares of what the prediction of their set was wrong by: the
         last of many tokens that can stand for one another, which looked as dispensable as the first, is known by that.
         """
-        proposals, among = [], self.alive
+        proposals = []
         for _ in range(tries):
             proposals.append(self._propose(among, count))
             among = without(among, proposals[-1].ids)

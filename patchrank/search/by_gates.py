@@ -60,9 +60,11 @@ class ByGates(Strategy):
     def check(cls, config: SearchConfig) -> None:
         """As `Strategy.check`."""
         if config.block != 1:
-            raise UserError("--rank-by gates is of single tokens: it needs --block 1")
+            raise UserError(f"--rank-by {config.rank_by} is of single tokens: it needs --block 1")
         if SCORES[config.score].patches:
-            raise UserError(f"--rank-by gates: goes through the embedding, which --score {config.score} is not of")
+            raise UserError(
+                f"--rank-by {config.rank_by}: goes through the embedding, which --score {config.score} is not of"
+            )
 
     @classmethod
     def start_multiply_adds(cls, tower: Tower) -> int:

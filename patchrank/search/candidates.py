@@ -125,13 +125,13 @@ class Candidates:
         """
         # The shapes of the first two are known beforehand, so nothing waits for the device. The third does wait.
         if self.block == 1:
-            found = self._embed_each(tokens, without_each(alive, wanted), value)  # (B, M, q)
+            found = self.embed_each(tokens, without_each(alive, wanted), value)  # (B, M, q)
             return found, found.shape[0] * found.shape[1]
         if alive.shape[1] == self.tower.num_tokens:
             return self._measure_whole_blocks(tokens, wanted, value, shared)
         return self._measure_rest_of_blocks(tokens, alive, wanted, value, shared)
 
-    def _embed_each(self, tokens: Tensor, kept: Tensor, value: Value) -> Tensor:
+    def embed_each(self, tokens: Tensor, kept: Tensor, value: Value) -> Tensor:
         """`embed` for as many candidates of every image: (B, M, n) token ids -> (B, M, ...)."""
         batch, count = kept.shape[:2]
         image = torch.arange(batch, device=tokens.device).repeat_interleave(count)  # (B * M,)
@@ -139,7 +139,7 @@ class Candidates:
 
     def _measure_whole_blocks(self, tokens: Tensor, wanted: Tensor, value: Value, shared: bool) -> tuple[Tensor, int]:
         """`measure` while all tokens are there."""
-        found = self._embed_each(tokens, self.rest.expand(len(tokens), -1, -1), value)  # (B, P, q)
+        found = self.embed_each(tokens, self.rest.expand(len(tokens), -1, -1), value)  # (B, P, q)
         cover = self.cover.double()
         mean = ((cover / cover.sum(dim=0)).T @ found.double()).to(found.dtype)  # (B, N, q)
         mean = mean / self.block**2 if shared else mean

@@ -21,6 +21,7 @@ STRATEGIES = {
     "effects": "by_effects.ByEffects",
     "scores": "by_scores.ByScores",
     "gates": "by_gates.ByGates",
+    "exchanges": "by_exchanges.ByExchanges",
 }
 
 
@@ -56,7 +57,9 @@ class SearchConfig:
     score: str = flag("preservation", f"what a ranking keeps: {', '.join(SCORES)} (%(default)s)", group="search")
     # The search ends when this share of the tokens is left; what is known by then ranks them.
     keep: float = flag(0.4, "search until this share of tokens is left (%(default)s)")
-    steps: int | None = flag(None, "search at most so many steps; 1 is the one-shot search; by gates, just so many")
+    steps: int | None = flag(
+        None, "search at most so many steps; 1 is the one-shot search; through gates, just so many"
+    )
     # k; the last step takes what is left to take.
     remove_per_step: int = flag(4, "tokens that leave a step (%(default)s)")
     block: int = flag(1, "side of the sliding blocks, in tokens (%(default)s)")  # r
@@ -65,7 +68,7 @@ class SearchConfig:
         0, "times remove-per-step tokens scored again, or 'all' (%(default)s)", convert=_rescore, type=str
     )
     rank_by: str = flag("effects", f"how scores become a ranking: {', '.join(STRATEGIES)} (%(default)s)")
-    proposals: int = flag(2, "by effects: sets that a step tries (%(default)s)")  # m
+    proposals: int = flag(2, "by effects or exchanges: sets that a step tries (%(default)s)")  # m
 
     def __post_init__(self) -> None:
         if self.score not in SCORES:
