@@ -64,12 +64,12 @@ def content(out):
     return [[row | {"shard": ""} for row in part.to_pylist()] for part in (corpus.dataset.to_table(), corpus.rejects())]
 
 
-def kept_rows(folder, shard, about=None):
-    """How many rows of a shard in work are kept."""
+def kept_images(folder, shard, about=None):
+    """Of how many images of a shard in work rows are kept."""
     if (there := folder.read()) is None:
         return 0
     found = Partial(Folder(folder.uri, folder.kind, there["fingerprint"]), shard, about=about).found()
-    return 0 if found is None else len(found.table)
+    return 0 if found is None else len(found.table["key"].unique())
 
 
 @pytest.mark.parametrize("where", ["disk", "bucket"])
@@ -81,7 +81,7 @@ def test_a_lost_actor_and_a_lost_driver_cost_a_part_of_it(data, one, whole, addr
         boto3.client("s3").upload_file(str(one), s3_bucket.removeprefix("s3://"), "w.tar")
 
     def done():
-        return kept_rows(Folder(out), shard, {"max_pixels": MAX_PIXELS, "again": False})
+        return kept_images(Folder(out), shard, {"max_pixels": MAX_PIXELS, "again": False})
 
     hold.at(f"w-{FIRST}", f"w-{SECOND}")
     pipe = subprocess.PIPE
@@ -131,7 +131,7 @@ def test_a_lost_actor_costs_an_evaluation_and_an_embedding_no_more(data, one, ad
     work(name, machines, shard, whole)
 
     def lose(actor):
-        wait_for(lambda: kept_rows(Folder(disturbed, kind), shard) >= made_before(FIRST))
+        wait_for(lambda: kept_images(Folder(disturbed, kind), shard) >= made_before(FIRST))
         os.kill(actor, signal.SIGKILL)
 
     with once_waiting(hold, f"w-{FIRST}", lose):

@@ -177,7 +177,7 @@ def test_images_that_cannot_be_read_are_skipped(tmp_path, photos, capsys):
     lines = sorted(err.splitlines())
     assert lines[0].startswith("skipped bird/cut.png: cannot be decoded: ")
     assert lines[1] == "skipped bird/gone.png: No such file or directory"
-    assert lines[2].startswith("skipped cat/text.jpg: not an image")
+    assert lines[2].startswith("skipped cat/text.jpg: a text that begins 'not a photo', not the file itself")
     assert len(lines) == 3
 
 

@@ -17,6 +17,7 @@ from tiny_search import command, once_waiting, search, search_here, tables, wait
 from cluster import rank
 from cluster.pool import Pool
 from patchrank.store import rankings
+from patchrank.store.card import CONFIGS_FILE
 from patchrank.store.folder import BESIDE
 
 pytest_plugins = ["s3", "tiny_results"]
@@ -99,7 +100,7 @@ def test_a_stopped_driver_goes_on_where_it_was(data, undisturbed, address, hold,
     assert resumed in (1, 2)  # a killed driver's actor may finish the shard it is at
     assert {path: path.stat().st_mtime_ns for path in finished} == finished  # not computed again
     assert tables(out) == tables(undisturbed)
-    assert not list(out.glob(".*"))
+    assert [path.name for path in out.glob(".*")] == [CONFIGS_FILE]
 
 
 def test_a_finished_search_has_nothing_to_do(data, undisturbed, address):
