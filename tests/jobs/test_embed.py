@@ -136,7 +136,8 @@ def test_a_folder_of_images_is_embedded_folder_by_folder(data, model, address, t
     expected = {("", "a.b.png"), ("/b", "x.PNG"), ("/b", "y.jpg"), ("/b/deep", "x.png"), ("/日本", "ß.png")}
     assert set(rows) == {(f"{photos}{folder}", name) for folder, name in expected}
     (reject,) = corpus.rejects().to_pylist()
-    assert (reject["shard"], reject["key"]) == (f"{photos}/b", "broken.jpg") and "a text that begins 'no image'" in reject["reason"]
+    assert (reject["shard"], reject["key"]) == (f"{photos}/b", "broken.jpg")
+    assert "a text that begins 'no image'" in reject["reason"]
     clip, preprocess = model
     with torch.no_grad():
         wanted = F.normalize(clip.encode_image(preprocess(Image.open(photos / "b/deep/x.png"))[None]), dim=-1)[0]

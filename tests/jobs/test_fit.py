@@ -107,7 +107,7 @@ def saved(model, folder, size=20):
 
 
 def test_a_model_of_transformers_without_a_text_tower(photos, address, tmp_path, capsys):
-    """And with images of another size than its configuration's. The lines load what was fitted, and so do the card's."""
+    """And with images of another size than its configuration's. The lines load what was fitted, as the card's do."""
     model, out, size = vision_model("hf-dinov2"), tmp_path / "bundle", 28
     given = ["--model", saved(model, tmp_path / "model", size), "--class-folders", "--samples-seen", "32"]
     assert job.main(flags(photos, out, address, *given)) == 0
