@@ -49,11 +49,12 @@ def test_from_a_search_to_an_evaluation(address, tmp_path, capsys):
     assert gallery.cropping(evaluation.read(out))(Image.new("RGB", (30, 40))).shape == (20, 20, 3)
     images, _ = open_images(ImageSource(rankings=str(tmp_path / "label"), shards=[shard], test=[]))
     assert images.tower.grid == (5, 5)
-    images, _ = open_images(ImageSource(rankings=str(tmp_path / "patches"), shards=[shard], test=[]))
+    images, _ = open_images(ImageSource(rankings=str(tmp_path / "patches"), shards=[shard], test=[], held_out=0.5))
     shape = PredictorConfig.of(images.tower)
     task = PredictorTask(images, config=shape)
     assert task.target == "rank" and task.objective == "patches"
     found = task.evaluate(task.start(torch.device("cpu"), 2), 0, 1, lambda sums: sums)
     assert 0 < found["held-out/cosine of patches at keep 0.4"] < found["held-out/cosine of patches at keep 0.8"] < 1
+    given = {"rankings": str(tmp_path / "patches"), "held_out": 0.5}
     with pytest.raises(UserError, match="are of patches, and a fit is for embeddings"):
-        Fit(FitJob([shard], str(tmp_path / "out"), rankings=str(tmp_path / "patches"), model=ModelSource(name)))
+        Fit(FitJob([shard], str(tmp_path / "out"), model=ModelSource(name), **given))
