@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: search pipeline test test-fast lint clean
+.PHONY: search pipeline test test-fast test-long lint clean
 
 search: $(VENV)/installed
 	$(PY) jobs/search.py
@@ -19,11 +19,15 @@ pipeline: search
 # Two processes, for most tests wait for others that they start; those of a file stay together, as they share a Ray. Files
 # by name, so that the longest, tests/cluster, begins.
 test: $(VENV)/installed
-	$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
+	$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25 -m 'not long'
+
+# What takes minutes and rarely breaks: before a release, and when what it tests was changed.
+test-long: $(VENV)/installed
+	$(PY) -m pytest --numprocesses 2 --dist load --durations 10 -m long
 
 # What starts no Ray: minutes instead of a quarter of an hour. Files have nothing to share then, and are split.
 test-fast: $(VENV)/installed
-	$(PY) -m pytest --numprocesses 2 --dist worksteal -m 'not ray'
+	$(PY) -m pytest --numprocesses 2 --dist worksteal -m 'not ray and not long'
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check

@@ -18,6 +18,7 @@ import argparse
 import fnmatch
 import functools
 import hashlib
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -82,10 +83,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "lazy k=1 c=2": {**LAZY, "rescore": 2, "remove_per_step": 1},
     "lazy k=8 c=2": {**LAZY, "rescore": 2, "remove_per_step": 8},
     "lazy k=4 c=4": {**LAZY, "rescore": 4},
-    "exact k=59": {**LAZY, "rescore": None, "remove_per_step": 59},
-    "exact k=30": {**LAZY, "rescore": None, "remove_per_step": 30},
-    "exact k=20": {**LAZY, "rescore": None, "remove_per_step": 20},
-    "exact k=10": {**LAZY, "rescore": None, "remove_per_step": 10},
+    **{f"exact k={k}": {**LAZY, "rescore": None, "remove_per_step": k} for k in (59, 30, 20, 10)},
     "gates n=16": {"rank_by": "gates"},
     "exchanges": {"rank_by": "exchanges"},
     **{f"gates n={steps}": {"rank_by": "gates", "steps": steps} for steps in (8, 30, 45)},
@@ -128,10 +126,10 @@ class Remembering(Candidates):
         return value(torch.stack([self.known[name] for name in names]), image)
 
 
-def photos(uri: str, count: int) -> Iterator[shards.Sample]:
-    """The labelled ones among the first so many samples of a shard."""
+def photos(uri: str, skipped: int, count: int) -> Iterator[shards.Sample]:
+    """The labelled ones among so many samples of a shard, after those that are skipped."""
     with shards.readable(uri):
-        for sample in shards.read(uri, count):
+        for sample in itertools.islice(shards.read(uri, skipped + count), skipped, None):
             if isinstance(sample, shards.Sample) and sample.label is not None:
                 yield sample
 
@@ -234,7 +232,7 @@ def measure(args: argparse.Namespace) -> int:
         raise UserError(f"{args.results}: of other weights, another cut or another precision; name another file")
     embeddings = prototypes(args, tower, model).to(tower.device)
     preprocess = model.preprocess()
-    todo = [(uri, sample) for uri in uris for sample in photos(uri, args.photos)]
+    todo = [(uri, sample) for uri in uris for sample in photos(uri, args.skip, args.photos)]
     with torch.inference_mode():
         for uri, sample in tqdm(todo, unit=" photos", disable=not sys.stderr.isatty()):
             shard = os.path.basename(uri)
@@ -387,6 +385,7 @@ def main() -> int:
     measuring.add_argument("--classes", required=True, help="class names by label")
     measuring.add_argument("--rankings", nargs="+", default=[], help="folders that jobs/search.py left, to be used")
     measuring.add_argument("--photos", type=int, default=32, help="of each shard (%(default)s)")
+    measuring.add_argument("--skip", type=int, default=0, help="so many first (%(default)s)")
     measuring.add_argument("--searches", nargs="+", default=["*"], help="names or patterns (all)")
     showing = add("show", help="print the table and draw the picture")
     showing.set_defaults(call=show)

@@ -91,6 +91,7 @@ def ends_well(process):
     return stdout
 
 
+@pytest.mark.long
 def test_a_node_that_joins_takes_over_from_one_that_is_lost(cluster, data, undisturbed, hold, tmp_path):
     out = tmp_path / "out"
     hold.at("1-5")
@@ -106,6 +107,7 @@ def test_a_node_that_joins_takes_over_from_one_that_is_lost(cluster, data, undis
     assert tables(out) == tables(undisturbed)
 
 
+@pytest.mark.long
 def test_a_node_that_hangs_does_not_hold_up_the_search(cluster, data, undisturbed, hold, tmp_path):
     out = tmp_path / "out"
     flags = ("--address", cluster.address, "--actors", "2")
@@ -169,6 +171,7 @@ def test_a_shard_that_kills_its_actor_is_set_aside_and_the_others_are_done(data,
     assert [path.name.rsplit("-", 1)[0] for path in (out / BESIDE / "failed").iterdir()] == ["images-2"]
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_up_stops_the_search_which_goes_on_when_there_is_room(data, undisturbed, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

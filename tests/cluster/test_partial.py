@@ -72,7 +72,7 @@ def kept_images(folder, shard, about=None):
     return 0 if found is None else len(found.table["key"].unique())
 
 
-@pytest.mark.parametrize("where", ["disk", "bucket"])
+@pytest.mark.parametrize("where", ["disk", pytest.param("bucket", marks=pytest.mark.long)])
 def test_a_lost_actor_and_a_lost_driver_cost_a_part_of_it(data, one, whole, address, hold, tmp_path, s3_bucket, where):
     shard, out = str(one), str(tmp_path / "out")
     flags = ["--actors", "1", "--keep-work", "0", *CHEAP, "--address", address]
@@ -124,7 +124,9 @@ def embedded(name, machines, shard, out):
     return embed.embed(job)
 
 
-@pytest.mark.parametrize("kind, work", [("evaluation", evaluated), ("embedding", embedded)])
+@pytest.mark.parametrize(
+    "kind, work", [pytest.param("evaluation", evaluated, marks=pytest.mark.long), ("embedding", embedded)]
+)
 def test_a_lost_actor_costs_an_evaluation_and_an_embedding_no_more(data, one, address, hold, tmp_path, kind, work):
     name, machines, shard = f"local-dir:{data / 'model'}", Machines(address, 1, cpus_per_actor=1), str(one)
     whole, disturbed = str(tmp_path / "whole"), str(tmp_path / "disturbed")

@@ -142,6 +142,7 @@ def test_another_training_is_kept_out_of_the_folder(line, undisturbed):
         line(undisturbed, Line(poison=5), learning_rate=0.2)
 
 
+@pytest.mark.long
 def test_a_loss_that_is_no_number_stops_the_training_with_step_and_learning_rate(line, tmp_path):
     with pytest.raises(UserError, match=r"the loss of step 15 is nan, at learning rate 0\.09\d+;"):
         line(tmp_path, Line(poison=15))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import open_clip
+import pytest
 import torch
 import webdataset as wds
 from PIL import Image
@@ -18,6 +19,7 @@ from patchrank.store import rankings
 pytest_plugins = ["shared_ray"]
 
 
+@pytest.mark.long
 def test_from_a_search_to_a_pruned_model(address, tmp_path, capsys):
     vision = {"timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "linear", "image_size": 160}
     name, shard = save_model(tmp_path / "model", **vision), str(tmp_path / "images.tar")

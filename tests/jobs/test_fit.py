@@ -106,6 +106,7 @@ def saved(model, folder, size=20):
     return f"hf:{folder}"
 
 
+@pytest.mark.long
 def test_a_model_of_transformers_without_a_text_tower(photos, address, tmp_path, capsys):
     """And with images of another size than its configuration's. The lines load what was fitted, as the card's do."""
     model, out, size = vision_model("hf-dinov2"), tmp_path / "bundle", 28

@@ -48,7 +48,10 @@ def test_actors_with_two_shards_at_once_make_the_same_tables(data, undisturbed, 
     assert tables(tmp_path / "out") == tables(undisturbed)
 
 
-@pytest.mark.parametrize("flags", [("--rank-by", "gates"), ("--score", "similarities", "--steps", "2")])
+SIMILARITIES = pytest.param(("--score", "similarities", "--steps", "2"), marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("flags", [("--rank-by", "exchanges"), SIMILARITIES])
 def test_other_searches_make_the_same_tables_whoever_is_lost(data, address, hold, tmp_path, flags):
     """By one actor at once; or one and then several, one of which is killed. Similarities are to the first images."""
     alone, out = tmp_path / "alone", tmp_path / "out"
@@ -76,7 +79,9 @@ def test_a_killed_actor_costs_no_row(data, undisturbed, address, hold, tmp_path)
     assert tables(tmp_path / "out") == tables(undisturbed)
 
 
-@pytest.mark.parametrize("how, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "how, status", [pytest.param(signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.long), (signal.SIGINT, 130)]
+)
 def test_a_stopped_driver_goes_on_where_it_was(data, undisturbed, address, hold, tmp_path, how, status):
     out, pipe = tmp_path / "out", subprocess.PIPE
     flags = command(data, out, "--actors", "1")

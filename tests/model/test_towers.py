@@ -147,6 +147,7 @@ class TestEveryKind:
             assert found.dtype == torch.float32
             assert torch.cosine_similarity(found, wanted).min() > least
 
+    @pytest.mark.long
     def test_compile_export_and_onnx(self, small_clip, name, tmp_path):
         model = towers.build(small_clip, name)
         images = images_of(model.visual, torch.float32)
