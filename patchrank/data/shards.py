@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 import gzip
 import io
 import itertools
@@ -96,9 +97,11 @@ def expand(specs: Sequence[str]) -> list[str]:
             that is not named as a shard does not exist, or there is no spec at all.
     """
     found: dict[str, str] = {}  # by where it really is
+    real = functools.cache(os.path.realpath)  # of folders: many shards are in one
     for uri in dict.fromkeys(uri for spec in specs if spec.strip() for uri in _expand(spec, ())):
-        if found.setdefault(storage.place(uri), uri) != uri:
-            print(f"warning: {uri}: left out, as it is {found[storage.place(uri)]} by another path", file=sys.stderr)
+        first = found.setdefault(storage.place(uri, real), uri)
+        if first != uri:
+            print(f"warning: {uri}: left out, as it is {first} by another path", file=sys.stderr)
     uris = list(found.values())
     if not uris:
         raise UserError("no shards given: name a shard, brace expression, glob, folder or list file (.txt, .list)")

@@ -74,9 +74,13 @@ def split_options(uri: str) -> tuple[str, str]:
     return path, mark + options
 
 
-def place(uri: str) -> str:
-    """Where a file is, by whatever path, link or options one comes to it."""
-    return os.path.realpath(absolute(uri)) if is_local(uri) else split_options(uri)[0]
+def place(uri: str, real: Callable[[str], str] = os.path.realpath) -> str:
+    """Where a file is, by whatever path, link or options one comes to it; `real` may remember folders."""
+    if not is_local(uri):
+        return split_options(uri)[0]
+    path = absolute(uri)
+    folder, name = os.path.split(path)
+    return os.path.realpath(path) if os.path.islink(path) else os.path.join(real(folder), name)
 
 
 def join(folder: str, *names: str) -> str:
