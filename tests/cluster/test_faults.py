@@ -197,6 +197,7 @@ def test_a_disk_that_fills_up_stops_the_search_which_goes_on_when_there_is_room(
     assert tables(tmp_path / "out") == tables(undisturbed)
 
 
+@pytest.mark.long
 def test_a_folder_that_is_removed_stops_the_search_and_is_not_made_anew(data, undisturbed, address, hold, tmp_path):
     out = tmp_path / "out"
 

@@ -15,6 +15,7 @@ from cluster import pool as pool_module
 from cluster.pool import Pool, process_id
 
 pytest_plugins = ["shared_ray"]
+pytestmark = pytest.mark.long
 
 FAST = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
 

@@ -46,6 +46,7 @@ def job(address, tmp_path):
     return make
 
 
+@pytest.mark.long
 def test_what_was_mended_comes_to_its_place(job, tmp_path):
     good, bad = shard(tmp_path / "good.tar"), shard(tmp_path / "bad.tar", broken=(0, 4))
     before = search(job(good, bad, max_pixels=3000))

@@ -149,6 +149,7 @@ def test_a_loss_that_is_no_number_stops_the_training_with_step_and_learning_rate
     assert not (tmp_path / "line.safetensors").exists()
 
 
+@pytest.mark.long
 def test_what_workers_cannot_write_is_one_line_that_names_it(line, tmp_path):
     (tmp_path / "tensorboard").touch()  # where they make a folder
     words = f"^{tmp_path}/tensorboard: a worker cannot go on .File exists.; .*the same command goes on"
@@ -163,6 +164,7 @@ def test_figures_that_cannot_be_read_are_one_line(line, tmp_path):
         line(tmp_path)
 
 
+@pytest.mark.long
 def test_an_edited_deepspeed_configuration_counts(line, undisturbed, tmp_path):
     """bfloat16, SGD and no schedule, and two batches a step."""
     config = json.loads(configuration.DEFAULT.read_text())

@@ -156,6 +156,7 @@ def test_a_model_without_a_text_tower_is_refused_before_it_is_trained_for(photos
         Fit(FitJob([str(photos / "photos")], str(tmp_path / "out"), **given, classes=ClassSource(str(names))))
 
 
+@pytest.mark.long
 def test_images_are_searched_first_where_that_is_wanted(photos, address, tmp_path, capsys):
     assert job.main(flags(photos, tmp_path / "out", address, "--search", "10", "--samples-seen", "32")) == 0
     ranked = rankings.open(str(tmp_path / "out-work/rankings"))

@@ -48,10 +48,8 @@ def test_actors_with_two_shards_at_once_make_the_same_tables(data, undisturbed, 
     assert tables(tmp_path / "out") == tables(undisturbed)
 
 
-SIMILARITIES = pytest.param(("--score", "similarities", "--steps", "2"), marks=pytest.mark.long)
-
-
-@pytest.mark.parametrize("flags", [("--rank-by", "exchanges"), SIMILARITIES])
+@pytest.mark.long
+@pytest.mark.parametrize("flags", [("--rank-by", "exchanges"), ("--score", "similarities", "--steps", "2")])
 def test_other_searches_make_the_same_tables_whoever_is_lost(data, address, hold, tmp_path, flags):
     """By one actor at once; or one and then several, one of which is killed. Similarities are to the first images."""
     alone, out = tmp_path / "alone", tmp_path / "out"

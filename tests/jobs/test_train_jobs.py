@@ -200,6 +200,7 @@ def test_tokens_that_do_harm_are_not_kept(data, untrained, tmp_path, alone, toge
     assert all(torch.equal(a, b) for a, b in zip(bundle.predictor.parameters(), kept.parameters(), strict=True))
 
 
+@pytest.mark.long
 def test_images_without_rankings_teach_and_what_it_takes_is_told(data, address, tmp_path, capsys):
     there = ["--rankings", "none", "--shards", str(data / "images-{0,1}.tar"), "--dtype", "float32"]
     there += ["--model", f"local-dir:{data / 'model'}", "--batch", "8", "--held-out", "0.2", "--epochs", "4"]
