@@ -359,8 +359,9 @@ def draw(lines: list[dict[str, Any]], path: str) -> None:
                 axis.annotate(name, at, xytext=(4, 4), textcoords="offset points", fontsize=7)
         axis.grid(True, which="both", alpha=0.25)
         for line in (axis.xaxis, axis.yaxis):
+            line.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
             line.set_major_formatter("{x:g}")
-            line.set_minor_formatter("{x:g}")
+            line.set_minor_formatter("")
     fewest = min(line["photos"] for line in lines)
     figure.suptitle(f"mean over {most} photos" + (f"; hollow: {fewest} or more" if fewest < most else ""))
     axes[0].set_ylabel("mean 1 - cosine, as a share of the paper's (one-shot r=2)")
