@@ -23,7 +23,7 @@ test: $(VENV)/installed
 
 # What takes minutes and rarely breaks: before a release, and when what it tests was changed.
 test-long: $(VENV)/installed
-	$(PY) -m pytest --numprocesses 2 --dist load --durations 10 -m long
+	$(PY) -m pytest --numprocesses 2 --dist loadfile --durations 10 -m long
 
 # What starts no Ray: minutes instead of a quarter of an hour. Files have nothing to share then, and are split.
 test-fast: $(VENV)/installed
