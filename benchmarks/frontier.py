@@ -7,9 +7,9 @@
 
 `measure` adds a row for every photo and search that the file does not have yet, after each photo: it can be stopped,
 run again with more photos, other shards or --searches, and goes on from there. The photos are the first of a shard, as
-those of `jobs/search.py --limit`; rankings that such a search left are taken from it (--rankings). Searches of one
-photo share the candidates they have in common. `show` prints the table and draws the picture, each search against the
-paper's on the photos that both have.
+those of `jobs/search.py --limit`, or those after the first --skip; rankings that a search left are taken from it
+(--rankings). Searches of one photo share the candidates they have in common. `show` prints the table and draws the
+picture, each search against the paper's on the photos that both have.
 """
 
 from __future__ import annotations

@@ -49,7 +49,9 @@ def test_actors_with_two_shards_at_once_make_the_same_tables(data, undisturbed, 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("flags", [("--rank-by", "exchanges"), ("--score", "similarities", "--steps", "2")])
+@pytest.mark.parametrize(
+    "flags", [("--rank-by", "gates"), ("--rank-by", "exchanges"), ("--score", "similarities", "--steps", "2")]
+)
 def test_other_searches_make_the_same_tables_whoever_is_lost(data, address, hold, tmp_path, flags):
     """By one actor at once; or one and then several, one of which is killed. Similarities are to the first images."""
     alone, out = tmp_path / "alone", tmp_path / "out"
