@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from here import ROOT
 
 from benchmarks import corpus as benchmark
@@ -14,6 +15,7 @@ from patchrank.store import queries, rankings
 JOB = ROOT / "benchmarks" / "corpus.py"
 
 
+@pytest.mark.long
 def test_a_small_corpus_is_written_once_and_measured(tmp_path, capsys):
     flags = ["--folder", str(tmp_path), "--shards", "3", "--rows", "40", "--listed", "30", "--model", "ViT-S-32-alt"]
     first = subprocess.run([sys.executable, str(JOB), *flags], capture_output=True, text=True, timeout=300)

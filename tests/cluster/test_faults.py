@@ -123,6 +123,7 @@ def test_a_node_that_hangs_does_not_hold_up_the_search(cluster, data, undisturbe
     assert tables(out) == tables(undisturbed)
 
 
+@pytest.mark.long
 def test_a_killed_driver_frees_the_cluster_and_the_next_goes_on(cluster, data, undisturbed, hold, tmp_path):
     out = tmp_path / "out"
     hold.at("1-5")

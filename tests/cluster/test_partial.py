@@ -72,7 +72,8 @@ def kept_images(folder, shard, about=None):
     return 0 if found is None else len(found.table["key"].unique())
 
 
-@pytest.mark.parametrize("where", ["disk", pytest.param("bucket", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("where", ["disk", "bucket"])
 def test_a_lost_actor_and_a_lost_driver_cost_a_part_of_it(data, one, whole, address, hold, tmp_path, s3_bucket, where):
     shard, out = str(one), str(tmp_path / "out")
     flags = ["--actors", "1", "--keep-work", "0", *CHEAP, "--address", address]

@@ -73,6 +73,7 @@ def test_what_was_mended_comes_to_its_place(job, tmp_path):
         search(job(good, bad, max_pixels=4000))
 
 
+@pytest.mark.long
 def test_a_shard_that_cannot_be_read_by_now_keeps_what_it_has(job, tmp_path):
     bad = shard(tmp_path / "bad.tar", broken=(0,))
     search(job(bad, max_pixels=3000))

@@ -84,6 +84,7 @@ def waiting(held, count):
     return [int(path.suffix[1:]) for path in found]
 
 
+@pytest.mark.long
 def test_two_workers_one_of_them_killed_learn_the_same(line, undisturbed, held, tmp_path):
     def kill() -> None:
         try:

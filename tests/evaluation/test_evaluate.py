@@ -185,6 +185,7 @@ def test_every_row_is_what_pruning_the_model_by_hand_gives(data, done):
     assert [row["key"] for row in rejects] == ["0-8", "1-8"]
 
 
+@pytest.mark.long
 def test_a_search_with_a_limit_limits_its_evaluation(data, address, tmp_path):
     whole = rankings.open(str(data / "rankings"))
     part = Folder(str(tmp_path / "rankings")).prepare(whole.settings | {"limit": 3})
@@ -260,6 +261,7 @@ def test_times_and_the_bundle(data, done):
     assert neighbours.sentence(near["predictor-tokens", 0.5]) in str(bundle.generate_model_card())
 
 
+@pytest.mark.long
 def test_an_evaluation_goes_on_where_it_was_and_another_is_kept_out(data, address, done, tmp_path):
     files = {path: path.stat().st_mtime_ns for path in Path(done.folder).glob("*.parquet")}
     (first, _), before = sorted(files), rows_of(done.folder)

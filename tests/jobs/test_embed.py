@@ -163,6 +163,7 @@ def test_pruned_embeddings_are_those_of_the_pruned_model(data, model, address, t
     assert max(1 - float(whole[key] @ wanted[key]) for key in keys) > 1e-4
 
 
+@pytest.mark.long
 def test_estimate_writes_nothing(data, address, tmp_path, capsys):
     assert embed.main([*flags(data, tmp_path / "out", "--estimate"), "--address", address]) == 0
     printed = capsys.readouterr().out

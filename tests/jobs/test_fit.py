@@ -166,6 +166,7 @@ def test_images_are_searched_first_where_that_is_wanted(photos, address, tmp_pat
     assert "top-1" not in capsys.readouterr().out  # no classes
 
 
+@pytest.mark.long
 def test_an_estimate_trains_nothing(photos, address, tmp_path, capsys):
     assert job.main(flags(photos, tmp_path / "out", address, "--estimate", "--search", "4")) == 0
     assert "time          about" in capsys.readouterr().out

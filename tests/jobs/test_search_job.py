@@ -39,6 +39,7 @@ def test_three_actors_make_the_same_tables(data, undisturbed, address, tmp_path)
     assert tables(tmp_path / "out") == tables(undisturbed)
 
 
+@pytest.mark.long
 def test_actors_with_two_shards_at_once_make_the_same_tables(data, undisturbed, address, hold, tmp_path, monkeypatch):
     """As actors on GPUs have; one of them is killed."""
     monkeypatch.setattr(rank, "Pool", lambda *given, **named: Pool(*given, **(named | {"at_once": 2})))
@@ -116,6 +117,7 @@ def test_a_finished_search_has_nothing_to_do(data, undisturbed, address):
     assert tables(undisturbed) == before
 
 
+@pytest.mark.long
 def test_prototypes_are_kept_for_the_run_that_goes_on(data, address, tmp_path):
     out = tmp_path / "out"
     flags = ("--prototypes", str(data / "images-{4,5}.tar"), "--actors", "1")

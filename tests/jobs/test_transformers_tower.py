@@ -25,6 +25,7 @@ from patchrank.training.tasks import PredictorTask
 pytest_plugins = ["shared_ray"]
 
 
+@pytest.mark.long
 def test_from_a_search_to_an_evaluation(address, tmp_path, capsys):
     name = transformers_models.save_clip(tmp_path / "model")
     shard, names = str(tmp_path / "images.tar"), tmp_path / "names.json"

@@ -179,7 +179,9 @@ def test_the_formula_counts_what_pytorch_counts(small_clip, place, keep):
     assert count_multiply_adds(model.visual) == model.visual.multiply_adds()
 
 
-@pytest.mark.parametrize("how", ["bundle", "class-attention", "token-merging"])
+@pytest.mark.parametrize(
+    "how", ["bundle", *(pytest.param(how, marks=pytest.mark.long) for how in ("class-attention", "token-merging"))]
+)
 def test_compile_export_and_onnx(small_clip, images, how, tmp_path):
     model = small_clip()
     how = bundle_for(model, "input") if how == "bundle" else how

@@ -152,6 +152,7 @@ def test_credentials_in_a_uri_are_refused_and_not_repeated(uri):
     assert storage.absolute("gs://anonymous@bucket/a.tar") == "gs://anonymous@bucket/a.tar"
 
 
+@pytest.mark.long
 def test_a_search_through_a_bad_bucket_makes_the_same_tables_and_tells_no_secret(
     bucket, s3_faults, data, undisturbed, monkeypatch, tmp_path
 ):
