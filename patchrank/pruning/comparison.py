@@ -191,6 +191,16 @@ class Comparison:
             result.append(Row(name, keep, int(images), *means))
         return result
 
+    def figures(self, part: str, suffix: Mapping[str, str]) -> dict[str, float]:
+        """Top-1 and cosine by name, as trainings log them: `part` begins the names, `suffix`, by method, ends them."""
+        figures: dict[str, float] = {}
+        for row in self.rows():
+            whole = row.method == UNPRUNED
+            end = "unpruned" if whole else f"at keep {row.keep:g}{suffix[row.method]}"
+            names = {"top-1": row.top1, "cosine": None if whole else row.cosine}
+            figures |= {f"{part}/{name} {end}": value for name, value in names.items() if value is not None}
+        return figures
+
     def _labelled(self, pruned: Pruned, batch: PairBatch) -> dict[str, float]:
         method = self.pruner.methods.get(pruned.method)
         own = None if method is None else method.classes

@@ -6,8 +6,6 @@ import json
 from collections.abc import Mapping
 
 from patchrank.errors import UserError
-from patchrank.pruning.comparison import Comparison
-from patchrank.pruning.methods import UNPRUNED
 from patchrank.store import storage
 
 FILE = "figures.json"
@@ -37,14 +35,3 @@ def read(folder: str) -> tuple[Figures, Figures] | None:
         raise UserError(f"{path}: damaged; delete the folder and train again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({storage.one_line(error)}); put that right and train again") from None
-
-
-def of_comparison(part: str, comparison: Comparison, suffix: Mapping[str, str]) -> dict[str, float]:
-    """Figures by name: top-1 and cosine of a comparison; `suffix` ends the names, by method."""
-    figures: dict[str, float] = {}
-    for row in comparison.rows():
-        whole = row.method == UNPRUNED
-        end = "unpruned" if whole else f"at keep {row.keep:g}{suffix[row.method]}"
-        names = {"top-1": row.top1, "cosine": None if whole else row.cosine}
-        figures |= {f"{part}/{name} {end}": value for name, value in names.items() if value is not None}
-    return figures

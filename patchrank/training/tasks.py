@@ -34,7 +34,7 @@ from patchrank.tokens import count_kept, kendall_tau
 from patchrank.training import gating, patch_gating
 from patchrank.training.images import TrainingImages
 from patchrank.training.lessons import Lesson, lessons
-from patchrank.training.outcome import Figures, of_comparison
+from patchrank.training.outcome import Figures
 
 EMBEDDING, PATCHES = OBJECTIVES = ("embedding", "patches")  # what is kept of an image
 
@@ -222,7 +222,7 @@ class PredictorTask(_ImagesTask):
                     f"{part}/matching rate at {self.count}": matching or 0.0,
                     f"{part}/Kendall tau": tau / count,
                 }
-            figures |= of_comparison(part, comparison, {self.name: ""})
+            figures |= comparison.figures(part, {self.name: ""})
         for part, batches in self.images.parts(rank, world) if self.objective == PATCHES else ():
             found = patch_gating.figures(self.images.tower, module, self.patches, batches, add)
             figures |= {f"{part}/cosine of patches at keep {keep:g}": mean for keep, mean in found.items()}
@@ -341,7 +341,7 @@ class TokensTask(_ImagesTask):
             for batch in batches:
                 comparison.add(batch)
             comparison.sums = add(comparison.sums)
-            figures |= of_comparison(part, comparison, {"pruned": " without tokens", self.name: " with tokens"})
+            figures |= comparison.figures(part, {"pruned": " without tokens", self.name: " with tokens"})
         return figures
 
     def _classes(self, tokens: VisualTokens) -> Tensor | None:
