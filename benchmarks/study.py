@@ -28,17 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-import pyarrow.compute as pc
 
 from patchrank import assets
 from patchrank.data import shards
 from patchrank.errors import UserError, run
-from patchrank.pruning.methods import PREDICTOR
 from patchrank.pruning.schedule import scheduled_multiply_adds
 from patchrank.search import estimate
 from patchrank.search.config import SearchConfig
 from patchrank.search.searcher import Searcher
-from patchrank.store import rankings
 from patchrank.tokens import count_kept
 from patchrank.training import gating, outcome
 from patchrank.training.images import ImageSource, TrainingImages, open_images
@@ -48,6 +45,11 @@ PARTS = ("teachers", "cuts", "predictors", "tokens", "rates")
 STEPS, BATCH = 374, 16  # of the budget 1
 DEFAULT = "predictor"  # the row that learnable tokens go on from
 JOBS = Path(__file__).parent.parent / "jobs"
+QUERIES = {  # mean cosine by keep rate, of the tables that a job leaves
+    "search": "SELECT avg(p.cosine) FROM (SELECT unnest(pruned) AS p FROM read_parquet(?)) "
+    "GROUP BY p.keep ORDER BY p.keep DESC",
+    "evaluate": "SELECT avg(cosine) FROM read_parquet(?) WHERE method = 'predictor' GROUP BY keep ORDER BY keep DESC",
+}
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,8 @@ class Row:
     def figures(self) -> list[float]:
         """Mean cosines at the keep rates."""
         job, _, folder = self.jobs[-1]
-        if job == "search":
-            table = rankings.open(str(folder)).dataset().to_table(columns=["pruned_cosine"])
-            cosines = pc.list_flatten(table["pruned_cosine"]).to_numpy().reshape(-1, len(self.keep_rates))
-            return cosines.mean(axis=0).tolist()
-        if job == "evaluate":
-            query = "SELECT avg(cosine) FROM read_parquet(?) WHERE method = ? GROUP BY keep ORDER BY keep DESC"
-            return [cosine for (cosine,) in duckdb.execute(query, [f"{folder}/*.parquet", PREDICTOR]).fetchall()]
+        if job in QUERIES:
+            return [cosine for (cosine,) in duckdb.execute(QUERIES[job], [f"{folder}/*.parquet"]).fetchall()]
         found = outcome.read(str(folder))
         assert found is not None
         end = " with tokens" if job == "train_tokens" else ""
