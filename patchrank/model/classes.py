@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import open_clip
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -26,11 +25,7 @@ from patchrank.store.unfetched import stand_in
 CLASSES_FILE = "classes.safetensors"  # beside rankings or tokens: the class embeddings that they go with
 Template = Callable[[str], str]  # class name -> text
 
-TEMPLATES: dict[str, Sequence[Template]] = {
-    "photo": ("a photo of a {}.".format,),
-    "imagenet": open_clip.OPENAI_IMAGENET_TEMPLATES,  # OpenAI's 80
-    "imagenet-simple": open_clip.SIMPLE_IMAGENET_TEMPLATES,  # the 7 of them that do best together
-}
+TEMPLATES = ("photo", "imagenet", "imagenet-simple")  # names; see `_named`
 
 
 @dataclass(frozen=True)
@@ -86,12 +81,22 @@ def templates(values: Sequence[str]) -> list[Template]:
     result: list[Template] = []
     for value in values:
         if value in TEMPLATES:
-            result.extend(TEMPLATES[value])
+            result.extend(_named(value))
         elif value.count("{}") == 1 and not set("{}") & set(value.replace("{}", "")):
             result.append(value.format)
         else:
             raise UserError(f"--templates {value!r}: must hold one {{}}, or be one of {', '.join(TEMPLATES)}")
     return result
+
+
+def _named(name: str) -> Sequence[Template]:
+    import open_clip
+
+    if name == "photo":
+        return ["a photo of a {}.".format]
+    if name == "imagenet":
+        return open_clip.OPENAI_IMAGENET_TEMPLATES  # OpenAI's 80
+    return open_clip.SIMPLE_IMAGENET_TEMPLATES  # the 7 of them that do best together
 
 
 def text_identity(model: Model, names: Sequence[str], prompts: Sequence[Template]) -> str:
@@ -115,6 +120,8 @@ def from_text(model: Model, names: Sequence[str], prompts: Sequence[Template]) -
     Raises:
         UserError: the model was loaded without its text tower.
     """
+    import open_clip
+
     identity = text_identity(model, names, prompts)
     weights = open_clip.build_zero_shot_classifier(
         model.clip, model.tokenizer(), list(names), list(prompts), use_tqdm=sys.stderr.isatty() and len(names) > 10

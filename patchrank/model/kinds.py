@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from torch import nn
 
 from patchrank.errors import UserError
 from patchrank.model.adapter import Adapter
-from patchrank.model.open_clip_vit import OpenClipViT
-from patchrank.model.timm_eva import TimmEva
-from patchrank.model.timm_vit import TimmViT
-from patchrank.model.transformers_vit import TransformersViT
 
-KINDS: tuple[type[Adapter], ...] = (OpenClipViT, TimmViT, TimmEva, TransformersViT)
+# open_clip and timm take seconds to import, so they are where a model is: not for a wrong flag, not for --help.
+KINDS = ("open_clip_vit.OpenClipViT", "timm_vit.TimmViT", "timm_eva.TimmEva", "transformers_vit.TransformersViT")
+
+
+def kinds() -> list[type[Adapter]]:
+    """All of them."""
+    places = [kind.split(".") for kind in KINDS]
+    return [getattr(import_module(f"patchrank.model.{module}"), name) for module, name in places]
 
 
 def adapt(visual: nn.Module, name: str = "this model") -> Adapter:
@@ -21,10 +26,10 @@ def adapt(visual: nn.Module, name: str = "this model") -> Adapter:
         UserError: there is no kind that takes it; names the model and the reason.
     """
     reason = f"its image tower is a {type(getattr(visual, 'trunk', visual)).__name__}"  # timm's, where it has a trunk
-    if any(kind.takes(inside) for inside in visual.children() for kind in KINDS):  # DDP, torch.compile
+    if any(kind.takes(inside) for inside in visual.children() for kind in kinds()):  # DDP, torch.compile
         reason = f"its image tower is inside a {type(visual).__name__}, which is to be put around it once it is pruned"
-    kinds = [kind for kind in KINDS if kind.takes(visual)]
-    for kind in sorted(kinds, key=lambda kind: type(visual).__mro__.index(kind.module)):  # that of a subclass first
+    takers = [kind for kind in kinds() if kind.takes(visual)]
+    for kind in sorted(takers, key=lambda kind: type(visual).__mro__.index(kind.module)):  # that of a subclass first
         refusal = kind.refusal(visual)
         if refusal is None:
             return kind(visual)

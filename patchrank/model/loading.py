@@ -11,12 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import open_clip
 import torch
-from open_clip.factory import parse_model_name
 from torch import Tensor, nn
 
-import patchrank.assets.siglip_tower  # noqa: F401  # names the architecture of assets.SIGLIP
 from patchrank import assets
 from patchrank.errors import UserError
 from patchrank.flags import flag
@@ -62,6 +59,8 @@ class Model:
         """The model's tokenizer."""
         if self.name.startswith(transformers_model.PREFIX):
             return transformers_model.tokenizer(self.name, self.clip.context_length)
+        import open_clip
+
         return open_clip.get_tokenizer(self.name)
 
 
@@ -114,6 +113,11 @@ def load(name: str, pretrained: str | None = None) -> Model:
             raise UserError(f"--pretrained {pretrained}: --model {name} holds its weights; leave it out")
         clip = transformers_model.load(name)
         return _checked(name, None, clip, clip.text is not None)
+    import open_clip
+    from open_clip.factory import parse_model_name
+
+    import patchrank.assets.siglip_tower  # noqa: F401  # names the architecture of assets.SIGLIP
+
     schema, _ = parse_model_name(name)
     if schema is None:
         config = open_clip.get_model_config(name.replace("/", "-"))
@@ -180,6 +184,8 @@ def open_clip_name(name: str, pretrained: str | None) -> str:
     Those of OpenAI and some others were trained with QuickGELU, and "ViT-B-16" has none, whatever the tag: open_clip
     only warns. "ViT-B-16-quickgelu" has it.
     """
+    import open_clip
+
     quick = f"{name.replace('/', '-')}-quickgelu"
     tagged = pretrained is not None and open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained)
     return quick if tagged and tagged.get("quick_gelu") and open_clip.get_model_config(quick) else name

@@ -7,7 +7,6 @@ from functools import partial
 from math import ceil
 from typing import Any
 
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 
@@ -36,6 +35,8 @@ class Preprocess:
         if PROCESSOR in fields:
             self._processor = _image_processor(fields[PROCESSOR])
             return
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
         self.config = PreprocessCfg(**fields)
         self._transform: Any = image_transform_v2(self.config, is_train=False)
 

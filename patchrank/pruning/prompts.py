@@ -18,10 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from patchrank.errors import UserError
@@ -236,8 +234,11 @@ def _text_tower(model: Model) -> tuple[Any, str, Any]:
             f"{model.name}: its text tower is missing, or its file holds the image tower alone, so it takes no text "
             "tokens"
         )
+    from open_clip import CLIP
+    from open_clip.transformer import TextTransformer
+
     clip = model.clip
-    if type(clip) is open_clip.CLIP:
+    if type(clip) is CLIP:
         text, pool, end = clip, clip.text_pool_type, clip.text_eos_id
         reason = None
     else:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from open_clip.utils import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -150,6 +149,8 @@ class StandIn(nn.Module):
             )
         if output_fmt not in ("NCHW", "NLC"):
             raise UserError(f"output_fmt {output_fmt}: must be NCHW or NLC")
+        from open_clip.utils import feature_take_indices
+
         adapter = self.adapter
         numbers, last = feature_take_indices(adapter.depth, indices)
         trace = self.trace(x, [number + 1 for number in numbers], last + 1 if stop_early else None)

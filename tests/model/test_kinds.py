@@ -62,7 +62,7 @@ def slow(adapter, images, cut, kept):
 
 @pytest.mark.parametrize("kind", [WithRegisters, Averaged])
 def test_another_kind_is_cut_and_pruned_and_counted(small_clip, monkeypatch, kind):
-    monkeypatch.setattr(kinds, "KINDS", (kind,))
+    monkeypatch.setattr(kinds, "kinds", lambda: (kind,))
     monkeypatch.setattr(fidelity, "check", lambda adapter: None)  # the module has neither registers nor a mean
     model = small_clip()
     images = torch.randn(2, 3, 16, 20, generator=torch.Generator().manual_seed(0))
@@ -88,8 +88,8 @@ def test_the_first_kind_that_takes_a_module_serves_it_and_the_last_reason_is_tol
         def refusal(cls, visual):
             return None if visual.pool_type == "avg" else "it is read at a token"
 
-    monkeypatch.setattr(kinds, "KINDS", (Picky, OpenClipViT))
+    monkeypatch.setattr(kinds, "kinds", lambda: (Picky, OpenClipViT))
     assert type(adapt(small_clip().visual)) is OpenClipViT and type(adapt(small_clip(pool_type="avg").visual)) is Picky
-    monkeypatch.setattr(kinds, "KINDS", (OpenClipViT, Picky))
+    monkeypatch.setattr(kinds, "kinds", lambda: (OpenClipViT, Picky))
     with pytest.raises(UserError, match="my-model: it is read at a token"):
         adapt(small_clip(scaled_cosine_attn=True).visual, "my-model")
