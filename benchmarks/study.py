@@ -32,6 +32,7 @@ import duckdb
 from patchrank import assets
 from patchrank.data import shards
 from patchrank.errors import UserError, run
+from patchrank.pruning.predictor import PredictorConfig
 from patchrank.pruning.schedule import scheduled_multiply_adds
 from patchrank.search import estimate
 from patchrank.search.config import SearchConfig
@@ -107,13 +108,15 @@ class Study:
         if {"predictors", "tokens"} & set(parts):
             yield Row("predictors", DEFAULT, [default])
         if "predictors" in parts:
+            shape = PredictorConfig.of(self.images.tower)
+            assert shape.width is not None and shape.mixing is not None
             for name, flags in {
                 "one layer": ["--layers", "1"],
                 "three layers": ["--layers", "3"],
                 "no readout": ["--no-readout"],
-                "half the width": ["--width", str(self.images.tower.width // 16)],
-                "twice the width": ["--width", str(self.images.tower.width // 4)],
-                "twice the mixing": ["--mixing", "128"],
+                "half the width": ["--width", str(shape.width // 2)],
+                "twice the width": ["--width", str(2 * shape.width)],
+                "twice the mixing": ["--mixing", str(2 * shape.mixing)],
                 "no class token": ["--no-class-token"],
             }.items():
                 yield Row("predictors", name, [self._train(name, steps, flags)])
