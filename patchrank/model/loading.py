@@ -113,6 +113,7 @@ def load(name: str, pretrained: str | None = None) -> Model:
             raise UserError(f"--pretrained {pretrained}: --model {name} holds its weights; leave it out")
         clip = transformers_model.load(name)
         return _checked(name, None, clip, clip.text is not None)
+    # Not above: it takes seconds, which what needs no model should not (see `kinds`).
     import open_clip
     from open_clip.factory import parse_model_name
 
