@@ -243,6 +243,7 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    budgets = sorted({row["budget"] for row in rows})
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     for panel, keep in zip(panels, (0.6, 0.4), strict=True):
         for teacher in dict.fromkeys(row["name"].rpartition(",")[0] for row in rows):
@@ -256,7 +257,6 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
             xlabel="multiply-adds, of 374 steps through the model",
             ylabel="1 - cosine",
         )
-        budgets = sorted({row["budget"] for row in rows})
         panel.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
         panel.set_xticks([], minor=True)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)

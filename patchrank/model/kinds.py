@@ -26,9 +26,10 @@ def adapt(visual: nn.Module, name: str = "this model") -> Adapter:
         UserError: there is no kind that takes it; names the model and the reason.
     """
     reason = f"its image tower is a {type(getattr(visual, 'trunk', visual)).__name__}"  # timm's, where it has a trunk
-    if any(kind.takes(inside) for inside in visual.children() for kind in kinds()):  # DDP, torch.compile
+    known = kinds()
+    if any(kind.takes(inside) for inside in visual.children() for kind in known):  # DDP, torch.compile
         reason = f"its image tower is inside a {type(visual).__name__}, which is to be put around it once it is pruned"
-    takers = [kind for kind in kinds() if kind.takes(visual)]
+    takers = [kind for kind in known if kind.takes(visual)]
     for kind in sorted(takers, key=lambda kind: type(visual).__mro__.index(kind.module)):  # that of a subclass first
         refusal = kind.refusal(visual)
         if refusal is None:
