@@ -48,9 +48,9 @@ from patchrank.training.tasks import PATCHES, PredictorTask, TokensTask
 
 KEEP_RATES = (0.8, 0.7, 0.6, 0.5, 0.4)
 PREDICTOR_RATE, TOKENS_RATE = 2e-3, 1e-2  # learning rates, for batches of 16
-CHECKPOINTS = 2  # of each training
+CHECKPOINTS = 4  # of each training, the last of which is measured
 CACHED = 4e9  # bytes of features that are kept at most
-MEASURED = 100  # held-out images that each checkpoint looks at, at most
+MEASURED = 100  # held-out images that trainings look at, before and after, at most
 EVALUATED = 1000  # that the evaluation looks at, at most
 PER_SHARD = 1000  # samples of the shards that are made
 MADE = "images.json"  # tells of what images shards were made
@@ -246,6 +246,7 @@ class Fit:
             learning_rate=rate,
             seed=job.seed,
             checkpoints=CHECKPOINTS,
+            curve=False,
             machines=job.machines,
         )
 

@@ -66,7 +66,7 @@ def estimate(task: Task, config: TrainingConfig) -> TrainingEstimate:
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, UserError) else error) from None
         training, evaluation, memory, gpu_memory = found
-        evaluations = config.checkpoints + 1
+        evaluations = 1 + (config.checkpoints if config.curve else 1)
         seconds = training + evaluations * evaluation
         return TrainingEstimate(
             steps=steps,

@@ -38,7 +38,8 @@ class TrainingConfig:
     learning_rate: float = flag(1e-3, "the highest (%(default)g)")
     seed: int = flag(0, "(%(default)s)")
     deepspeed: str | None = flag(None, "DeepSpeed's configuration (patchrank/training/deepspeed.json)", metavar="FILE")
-    checkpoints: int = flag(5, "in the course of it (%(default)s)")  # each with the figures of that moment
+    checkpoints: int = flag(5, "in the course of it (%(default)s)")
+    curve: bool = True  # whether each has the figures of that moment, and not the last alone
     max_failures: int = flag(3, "times to replace lost workers (%(default)s)")
     machines: Workers = group("machines", Workers)
 

@@ -156,8 +156,9 @@ class Worker:
                 if self.rank == 0:
                     plan.board.post.remote(done.step, loss, learning_rate)
                 if done.step % every == 0 or done.step == plan.steps:
-                    done.after = self._evaluate()
-                    log.write(done.step, done.after)
+                    if plan.config.curve or done.step == plan.steps:
+                        done.after = self._evaluate()
+                        log.write(done.step, done.after)
                     log.flush()
                     self._checkpoint(done)
         reports: list[Any] = [None] * self.world

@@ -167,14 +167,16 @@ def test_figures_that_cannot_be_read_are_one_line(line, tmp_path):
 
 @pytest.mark.long
 def test_an_edited_deepspeed_configuration_counts(line, undisturbed, tmp_path):
-    """bfloat16, SGD and no schedule, and two batches a step."""
+    """bfloat16, SGD and no schedule, and two batches a step; measured at the ends alone."""
     config = json.loads(configuration.DEFAULT.read_text())
     config |= {"bf16": {"enabled": True}, "optimizer": {"type": "SGD", "params": {"lr": "auto"}}}
     config |= {"zero_allow_untested_optimizer": True}
     del config["scheduler"]
     (tmp_path / "deepspeed.json").write_text(json.dumps(config))
-    done = line(tmp_path / "out", batch=4, accumulate=2, deepspeed=str(tmp_path / "deepspeed.json"))
+    changes = {"deepspeed": str(tmp_path / "deepspeed.json"), "curve": False}
+    done = line(tmp_path / "out", batch=4, accumulate=2, **changes)
     assert done.steps == 60
+    assert list(curve(tmp_path / "out", "error")) == [0, 60]
     assert done.after["error"] < 0.05
     assert list(curve(tmp_path / "out", "learning rate").values()) == pytest.approx([0.1] * 60)
     first = curve(undisturbed)[1]
