@@ -39,9 +39,9 @@ class TrainingConfig:
     seed: int = flag(0, "(%(default)s)")
     deepspeed: str | None = flag(None, "DeepSpeed's configuration (patchrank/training/deepspeed.json)", metavar="FILE")
     checkpoints: int = flag(5, "in the course of it (%(default)s)")
-    curve: bool = True  # whether each has the figures of that moment, and not the last alone
     max_failures: int = flag(3, "times to replace lost workers (%(default)s)")
     machines: Workers = group("machines", Workers)
+    curve: bool = True  # whether each checkpoint has the figures of that moment, and not the last alone
 
     def __post_init__(self) -> None:
         at_least(self, 1, "batch", "accumulate", "checkpoints")
