@@ -155,8 +155,9 @@ class Worker:
                 log.write(done.step, {"loss": loss, "learning rate": learning_rate})
                 if self.rank == 0:
                     plan.board.post.remote(done.step, loss, learning_rate)
-                if done.step % every == 0 or done.step == plan.steps:
-                    if plan.config.curve or done.step == plan.steps:
+                last = done.step == plan.steps
+                if last or done.step % every == 0:
+                    if last or plan.config.curve:
                         done.after = self._evaluate()
                         log.write(done.step, done.after)
                     log.flush()

@@ -173,8 +173,8 @@ def test_an_edited_deepspeed_configuration_counts(line, undisturbed, tmp_path):
     config |= {"zero_allow_untested_optimizer": True}
     del config["scheduler"]
     (tmp_path / "deepspeed.json").write_text(json.dumps(config))
-    changes = {"deepspeed": str(tmp_path / "deepspeed.json"), "curve": False}
-    done = line(tmp_path / "out", batch=4, accumulate=2, **changes)
+    edited = str(tmp_path / "deepspeed.json")
+    done = line(tmp_path / "out", batch=4, accumulate=2, deepspeed=edited, curve=False)
     assert done.steps == 60
     assert list(curve(tmp_path / "out", "error")) == [0, 60]
     assert done.after["error"] < 0.05
