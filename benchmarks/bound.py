@@ -32,8 +32,8 @@ def cosines(
 ) -> Tensor:
     """To the unpruned embeddings, (B,), with m patches: (B, p + N, D) tokens, (B, N) usefulness, (B, E) embeddings."""
     tower = images.tower
-    before = learnt.before(tower.adapter, tower.cut, m)
-    return F.cosine_similarity(gating.embeddings(tower, learnt.append(tokens), usefulness, m, before=before), wanted)
+    along = learnt.along(tower.adapter, tower.cut, m)
+    return F.cosine_similarity(gating.embeddings(tower, learnt.append(tokens), usefulness, m, along=along), wanted)
 
 
 def main() -> int:

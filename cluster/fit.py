@@ -234,7 +234,8 @@ class Fit:
     def _tokens_task(self, images: TrainingImages, learnt: Predictor) -> TokensTask:
         job = self.job
         tower = images.tower
-        config = TokensConfig(tower.width, job.tokens, shifted=tower.adapter.depth - tower.cut, scaled=True)
+        shifted = tower.adapter.depth - tower.cut
+        config = TokensConfig(tower.width, job.tokens, shifted=shifted, scaled=True, merged=prompts.MERGED)
         return TokensTask(images, keep_rates=job.keep_rates, config=config, predictor=learnt, keep=job.keep)
 
     def _training(self, name: str, rate: float) -> TrainingConfig:

@@ -18,7 +18,7 @@ from patchrank import flags
 from patchrank.errors import UserError, run
 from patchrank.flags import flag
 from patchrank.pruning import predictor, prompts
-from patchrank.pruning.prompts import NAME, PromptedText, TokensConfig
+from patchrank.pruning.prompts import MERGED, NAME, PromptedText, TokensConfig
 from patchrank.training.images import ImageSource
 from patchrank.training.tasks import TokensTask
 
@@ -34,6 +34,7 @@ class Beside:
     )
     shifts: bool = flag(True, "learn no shifts: vectors added to tokens before every block after the cut, at no cost")
     scales: bool = flag(True, "learn no scales of tokens before these blocks, only shifts")
+    merged: float = flag(MERGED, "share of all patches that merge with others like them after the cut (%(default)s)")
     text: bool = flag(False, "learn text tokens, too, with the visual ones as their linear map")
 
 
@@ -56,9 +57,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "jobs/train_tokens.py") 
         prompted = PromptedText(model, names, args.tokens)
     text_width = None if prompted is None else prompted.width
     shifted = images.tower.adapter.depth - images.tower.cut if args.shifts else 0
-    shape = flags.read(
-        TokensConfig, args, width=images.tower.width, text_width=text_width, shifted=shifted, scaled=args.scales
-    )
+    beside = {"text_width": text_width, "shifted": shifted, "scaled": args.scales, "merged": args.merged}
+    shape = flags.read(TokensConfig, args, width=images.tower.width, **beside)
     task = flags.read(TokensTask, args, images=images, config=shape, predictor=found, prompted=prompted)
     if training.estimated(task, config, args):
         return 0

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from patchrank.model.matching import merge
 
 
 def embedding_of(output: Any) -> Tensor:
@@ -31,7 +34,26 @@ def normed(norm: nn.Module, x: Tensor) -> Tensor:
     return norm(x.to(next((each.dtype for each in norm.parameters()), x.dtype)))
 
 
-Before = Callable[[Tensor, int], Tensor]  # (C, n, D) and the number of the block that comes next -> (C, n, D)
+@dataclass(frozen=True)
+class Along:
+    """What is done to tokens on their way through the blocks.
+
+    Attributes:
+        before: changes them before every block: (C, n, D) and its number -> (C, n, D); nothing where None.
+        merges: how many pairs of patches become one token each, by block, between its attention and its MLP (see
+            `matching.merge`). A token counts in attention as often as it stands for a patch.
+        first, patches: those that may merge, at first .. first + patches - 1 before the first block.
+        sizes: (C, n) float32, the patches that each token stands for already; one where None. Gates take their place.
+    """
+
+    before: Callable[[Tensor, int], Tensor] | None = None
+    merges: Mapping[int, int] = field(default_factory=dict)
+    first: int = 0
+    patches: int = 0
+    sizes: Tensor | None = None
+
+
+NOTHING = Along()
 
 
 class Adapter(ABC):
@@ -199,36 +221,76 @@ class Adapter(ABC):
         stop: int | None = None,
         gates: Tensor | None = None,
         recompute: bool = False,
-        before: Before | None = None,
+        along: Along = NOTHING,
         places: Tensor | None = None,
     ) -> Tensor:
+        """Blocks `start` to `stop` - 1, as of `through`: (C, n, D) -> (C, n, D)."""
+        return self.through(x, start, stop, gates, recompute, along, places)[0]
+
+    def through(
+        self,
+        x: Tensor,
+        start: int = 0,
+        stop: int | None = None,
+        gates: Tensor | None = None,
+        recompute: bool = False,
+        along: Along = NOTHING,
+        places: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Blocks `start` to `stop` - 1; to the last one where `stop` is None.
 
         Args:
             x: (C, n, D).
             gates: (C, n) float, how much there is of each token as a key: attention weights a become
                 a_j g_j / sum_k a_k g_k. A token with gate 0 is not there for the others. Gates are multiplied, as the
-                logarithm of 0 has no gradient. Prefix tokens have gate 1; so has every token where None.
+                logarithm of 0 has no gradient. Prefix tokens have gate 1; so has every token where None. Where tokens
+                merge their gates are added.
             recompute: whether a block that a gradient flows through keeps its input alone, and is run again backwards.
-            before: what is done to the tokens before every block; nothing where None.
+            along: what is done to the tokens on the way; nothing merges where the tower is `rotary`.
             places: (C or 1, n) int64, the patch ids 0 .. N-1 of tokens, N of those that have no place (prefix tokens,
                 learnable ones). Asked for where the tower is `rotary` alone; in the order of an image, learnable tokens
                 behind the patches, where None.
 
         Returns:
-            (C, n, D). Of the last block only the tokens that `readout` reads.
+            (C, n, D), of the last block only the tokens that `readout` reads; (C, n), the gates or, without any, the
+            sizes of the tokens, None where there were none and nothing merged; and (C, n) int64, where in `x` each
+            token stood, None where nothing merged.
         """
+        behind, order = x.shape[1] - along.first - along.patches, None
+        counts, gated = (along.sizes, False) if gates is None else (gates, True)
         for number in range(start, self.depth if stop is None else stop):
-            x = x if before is None else before(x, number)
+            x = x if along.before is None else along.before(x, number)
+            merging = along.first, x.shape[1] - along.first - behind, along.merges.get(number, 0)
             if recompute and torch.is_grad_enabled():
-                x = checkpoint(self._block, x, number, gates, places, use_reentrant=False)
+                x, counts, stood = checkpoint(
+                    self._block, x, number, counts, gated, places, merging, use_reentrant=False
+                )
             else:
-                x = self._block(x, number, gates, places)
-        return x
+                x, counts, stood = self._block(x, number, counts, gated, places, merging)
+            if stood is not None:
+                order = stood if order is None else order.gather(1, stood)  # (C, n)
+        return x, counts, order
 
-    def _block(self, x: Tensor, number: int, gates: Tensor | None, places: Tensor | None) -> Tensor:
-        # Without a name the keys are free before the MLP.
-        return self.mlp(self.attention(x, number, gates, places=places)[0], number)
+    def _block(
+        self,
+        x: Tensor,
+        number: int,
+        counts: Tensor | None,
+        gated: bool,
+        places: Tensor | None,
+        merging: tuple[int, int, int],
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Of `merging` the first patch, how many there are, and how many pairs of them become one."""
+        (first, patches, merges), stood = merging, None
+        # Of sizes the logarithm, which fused attention takes.
+        gates, bias = (counts, None) if gated or counts is None else (None, counts.log())
+        x, key = self.attention(x, number, gates, bias, places)
+        if merges:
+            exact = torch.promote_types(x.dtype, torch.float32)
+            counts = x.new_ones(x.shape[:2], dtype=exact) if counts is None else counts
+            x, counts, stood = merge(x, counts, key.mean(dim=1), merges, first, patches)
+        del key  # is not needed for the MLP
+        return self.mlp(x, number), counts, stood
 
     @property
     def recomputes(self) -> bool:

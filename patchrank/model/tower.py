@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from patchrank.errors import UserError
-from patchrank.model.adapter import Adapter, Before
+from patchrank.model.adapter import NOTHING, Adapter, Along
 from patchrank.model.kinds import adapt
 
 
@@ -133,7 +133,7 @@ class Tower(nn.Module):
         kept: Tensor | None = None,
         image: Tensor | None = None,
         gates: Tensor | None = None,
-        before: Before | None = None,
+        along: Along = NOTHING,
     ) -> Tensor:
         """Embeddings of images of which only some tokens go past the cut.
 
@@ -141,9 +141,9 @@ class Tower(nn.Module):
             tokens: (B, p + N + b, D) from `prefix`; the b tokens after the patches always stay.
             kept: (C, n) int64 token ids in 0 .. N-1; all tokens where None.
             image: (C,) int64, the row of `tokens` that each row of `kept` belongs to; row c where None (then C = B).
-            gates: (C, n) float, how much there is of each patch that goes on, as `Adapter.run` has it; a gradient flows
-                to them. All of it where None.
-            before: as of `Adapter.run`.
+            gates: (C, n) float, how much there is of each patch that goes on, as `Adapter.through` has it; a gradient
+                flows to them. All of it where None.
+            along: as of `Adapter.through`.
 
         Returns:
             (C, E) float32 (float64 for a float64 tower), not normalised, as `encode_image` gives them.
@@ -152,7 +152,7 @@ class Tower(nn.Module):
         x, places = self._left(adapter, tokens, kept, image)
         if gates is not None:
             gates = F.pad(gates, (adapter.prefix_tokens, tokens.shape[1] - adapter.length), value=1.0)  # (C, p + n + b)
-        x = adapter.run(x, self.cut, None, gates, self.recompute, before, places)
+        x, gates, _ = adapter.through(x, self.cut, None, gates, self.recompute, along, places)
         return adapter.readout(x, gates)  # (C, E)
 
     def patches(

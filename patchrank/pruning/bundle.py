@@ -242,8 +242,10 @@ class Bundle(
         grid = model["grid"]
         tokens = "none"
         if self.tokens is not None:
-            where = "at the input" if self.tokens.config.place == "input" else f"before block {model['cut']}"
-            tokens = f"{self.tokens.config.count}, {where}" + (", and shifts" if self.tokens.config.shifted else "")
+            config = self.tokens.config
+            where = "at the input" if config.place == "input" else f"before block {model['cut']}"
+            tokens = f"{config.count}, {where}" + (", and shifts" if config.shifted else "")
+            tokens += f"; {config.merged:.0%} of the patches merge after it" if config.merged else ""
         tag = model["pretrained"]
         # That with learnable tokens comes last.
         index = [row["index"] for row in self.figures if row.get("index") and row["keep"] == self.keep][-1:]

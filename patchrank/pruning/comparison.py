@@ -94,8 +94,11 @@ class Pruner:
                 if stay == tower.num_tokens or method.tokens is None:
                     embeddings = tower.suffix(full, kept)
                 else:
-                    before = method.tokens.before(adapter, tower.cut, stay)
-                    embeddings = tower.suffix(tokens, kept, before=before)
+                    along = method.tokens.along(adapter, tower.cut, stay)
+                    # Which tokens are looked at, and which look, when they merge is by their order: here as in a
+                    # `PrunedTower`.
+                    ordered = usefulness.topk(stay, dim=1).indices  # (B, n), best first
+                    embeddings = tower.suffix(tokens, ordered, along=along)
                 yield Pruned(name, keep, embeddings, usefulness, kept)
 
 

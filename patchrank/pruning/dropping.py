@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchrank.model.adapter import Adapter, Before
+from patchrank.model.adapter import NOTHING, Adapter, Along
 from patchrank.pruning.methods import Method
 from patchrank.pruning.prompts import VisualTokens
 from patchrank.pruning.schedule import Schedule, multiply_adds
@@ -66,6 +67,7 @@ class PrunedTower(StandIn):
             x, first = self._join(adapter, x)
         ids = torch.arange(adapter.num_tokens, device=x.device).expand(x.shape[0], -1)  # (B, N), that are left
         attention: Attention = None  # in the block before
+        sizes: Tensor | None = None  # (B, first + n), the patches that each token stands for, where they merged
         found: dict[int, tuple[Tensor, Tensor | None]] = {}
         for number in range(stop):
             if number in taken:
@@ -77,22 +79,26 @@ class PrunedTower(StandIn):
                 x, first = self._join(adapter, x)
             places = self._places(adapter, first, ids) if adapter.rotary else None
             attention = partial(adapter.class_attention, x.detach(), number, places)
-            shifting = self._shifting(adapter, x.shape[1] - first, number)
-            x = adapter.run(x, number, number + 1, recompute=adapter.recomputes, before=shifting, places=places)
+            along = replace(self._along(adapter, x.shape[1] - first, number), sizes=sizes)
+            x, sizes, stood = adapter.through(x, number, number + 1, None, adapter.recomputes, along, places)
+            if stood is not None:  # a token has the id of the patch that others merged into
+                ids = ids.gather(1, stood[:, first:] - first)
         if stop in taken:
             found[stop] = torch.cat([x[:, :p], x[:, first:]], dim=1) if first > p else x, ids
-        return Trace(x, first - p, ids, None, found)
+        return Trace(x, first - p, ids, sizes, found)
 
     def _places(self, adapter: Adapter, first: int, ids: Tensor) -> Tensor:
         """As of `Adapter.run`, of (B, first + n, D) tokens: (B or 1, first + n)."""
         ids = ids[:1] if ids.shape[1] == adapter.num_tokens else ids  # the same for all images
         return F.pad(ids, (first, 0), value=adapter.num_tokens)
 
-    def _shifting(self, adapter: Adapter, patches: int, number: int) -> Before | None:
-        """What learnable shifts do before a block, where so many patches are left."""
+    def _along(self, adapter: Adapter, patches: int, number: int) -> Along:
+        """What is done on the way through a block, where so many patches are there."""
         if self.tokens is None or number < self.cut:
-            return None
-        return self.tokens.before(adapter, self.cut, patches, behind=False)
+            return NOTHING
+        gone_past = min((kept for block, kept in self.schedule.items() if block <= number), default=adapter.num_tokens)
+        along = self.tokens.along(adapter, self.cut, gone_past, behind=False)
+        return replace(along, merges=self.tokens.merges(adapter, self.schedule), patches=patches)
 
     def _join(self, adapter: Adapter, x: Tensor) -> tuple[Tensor, int]:
         """Learnable tokens put behind the prefix tokens, (B, p + n, D) -> (B, p + b + n, D); the first patch's place.

@@ -45,8 +45,8 @@ class Pruned(nn.Module):
         """As of the unpruned vision model, of the tokens that are left: prefix tokens, then patches.
 
         `last_hidden_state` is (B, p + n, D); of `hidden_states` every one has as many as went into its block, best
-        first after they have left. `patch_ids` of what is returned, (B, n), tells which patches are left, and
-        `hidden_patch_ids` which those of each of `hidden_states` are.
+        first after they have left, until they merge. `patch_ids` of what is returned, (B, n), tells which patches are
+        left, and `hidden_patch_ids` which those of each of `hidden_states` are.
 
         Raises:
             UserError: what a pruned vision model cannot give, or cannot do with these images.

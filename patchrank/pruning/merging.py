@@ -3,21 +3,26 @@
 In every block but the last, between attention and MLP, the r pairs of tokens whose keys are most alike become one token
 each: their mean, weighted by how many patches each stands for. Attention counts a token as often as it stands for a
 patch ("proportional attention").
+
+The same in later blocks alone, beside dropping, is a part of what a bundle does (`beside_dropping`): what a predictor
+drops early and what is alike later on are different patches, so that both together lose less than either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchrank.errors import UserError
 from patchrank.model.adapter import Adapter
 from patchrank.model.kinds import adapt
+from patchrank.model.matching import merge
 from patchrank.pruning.methods import MERGING, Method, Need
 from patchrank.pruning.stand_in import StandIn, Trace
+
+FIRST = 0.4  # of the depth: where patches that a predictor left begin to merge
 
 
 class MergedTower(StandIn):
@@ -86,53 +91,55 @@ def merge_block(adapter: Adapter, number: int, x: Tensor, sizes: Tensor, merges:
     """
     x, key = adapter.attention(x, number, bias=sizes.log())  # (B, n, D), (B, heads, n, D / heads)
     if merges:
-        x, sizes = merge(x, sizes, key.mean(dim=1), merges, adapter.prefix_tokens)
+        x, sizes, _ = merge(x, sizes, key.mean(dim=1), merges, adapter.prefix_tokens)
     return adapter.mlp(x, number), sizes
 
 
-def merge(x: Tensor, sizes: Tensor, metric: Tensor, merges: int, prefix: int = 1) -> tuple[Tensor, Tensor]:
-    """Bipartite soft matching: every second patch looks for the most similar one of the others; the best `merges` of
-    these pairs become one token.
+def block_multiply_adds(adapter: Adapter, n: int, patches: int, merges: int) -> int:
+    """Exact multiply-adds of a block that merges; the matching itself is counted, norms and activations are not.
 
     Args:
-        x: (B, n, D), the prefix tokens first, which never merge.
-        sizes: (B, n) float32.
-        metric: (B, n, d), whose cosine tells how alike two tokens are.
-        merges: 1 .. (n - prefix) // 2.
-        prefix: the number of prefix tokens.
-
-    Returns:
-        (B, n - merges, D) and (B, n - merges): the prefix tokens, those that looked and stay, then all others.
+        n: the tokens that go into it.
+        patches: those of them that may merge.
+        merges: r.
     """
-    metric = F.normalize(metric[:, prefix:], dim=-1)
-    alike = metric[:, 1::2] @ metric[:, ::2].transpose(1, 2)  # (B, look, others)
-    best, partner = alike.max(dim=-1)  # (B, look) each
-    order = best.argsort(dim=-1, descending=True)  # (B, look)
-    leaving = order[:, :merges]  # (B, merges)
-    staying = order[:, merges:].sort(dim=-1).values  # (B, look - merges)
-    target = partner.gather(1, leaving)[..., None]  # (B, merges, 1)
-    summed = torch.cat([x * sizes[..., None], sizes[..., None]], dim=-1)  # (B, n, D + 1)
-    first, look, others = summed[:, :prefix], summed[:, prefix + 1 :: 2], summed[:, prefix::2]
-    moved = (look.gather(1, ids[..., None].expand(-1, -1, look.shape[2])) for ids in (staying, leaving))
-    stays, goes = moved  # (B, look - merges, D + 1), (B, merges, D + 1)
-    others = others.scatter_add(1, target.expand_as(goes), goes)  # (B, others, D + 1)
-    total = torch.cat([first, stays, others], dim=1)  # (B, n - merges, D + 1)
-    return (total[..., :-1] / total[..., -1:]).to(x.dtype), total[..., -1]
+    matching = (patches // 2) * ((patches + 1) // 2) * adapter.head_width if merges else 0
+    return adapter.block_multiply_adds(n) - adapter.mlp_multiply_adds(merges) + matching
 
 
 def merging_multiply_adds(adapter: Adapter, merges: list[int]) -> int:
-    """Exact multiply-adds of an image; the matching itself is counted, norms and activations are not.
+    """Exact multiply-adds of an image, as of `block_multiply_adds`.
 
     Args:
         merges: r of each block but the last.
     """
     n, total = adapter.length, adapter.embed_multiply_adds()
     for r in merges:
-        patches = n - adapter.prefix_tokens
-        matching = (patches // 2) * ((patches + 1) // 2) * adapter.head_width if r else 0
-        total += adapter.block_multiply_adds(n) - adapter.mlp_multiply_adds(r) + matching
+        total += block_multiply_adds(adapter, n, n - adapter.prefix_tokens, r)
         n -= r
     return total + adapter.block_multiply_adds(n, last=True) + adapter.output_multiply_adds(n)
+
+
+def beside_dropping(adapter: Adapter, schedule: Mapping[int, int], share: float) -> dict[int, int]:
+    """The r of blocks, by their number, where patches leave by a schedule and others merge after it.
+
+    As many in each block from `FIRST` of the depth on, but no more than have left, so that a model that hardly prunes
+    hardly merges, and no more than a quarter of the patches that are there. None where blocks ask for the place of a
+    token (RoPE), as a merged one has none.
+
+    Args:
+        schedule: how many patches go on, by the number of the block before which the others leave.
+        share: of all patches, that merge in all.
+    """
+    if not schedule or not share or adapter.rotary:
+        return {}
+    blocks = range(max(*schedule, round(FIRST * adapter.depth)), adapter.depth - 1)
+    left, merges = min(schedule.values()), {}
+    most = min(round(share * adapter.num_tokens / max(1, len(blocks))), adapter.num_tokens - left)
+    for number in blocks:
+        merges[number] = min(most, left // 4)
+        left -= merges[number]
+    return merges
 
 
 def merges_for(adapter: Adapter, multiply_adds: int) -> list[int]:

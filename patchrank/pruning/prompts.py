@@ -25,13 +25,15 @@ from torch import Tensor, nn
 from patchrank.errors import UserError
 from patchrank.flags import at_least, flag
 from patchrank.model import artifacts
-from patchrank.model.adapter import Adapter, Before
+from patchrank.model.adapter import Adapter, Along
 from patchrank.model.loading import Model
 from patchrank.model.tower import Tower
+from patchrank.pruning import merging
 
 PLACES = ("input", "cut")
 NAME = "tokens"  # of its files
-BEFORE = {"scaled": False}  # fields of `TokensConfig` that files of before 0.3 do not have
+BEFORE = {"scaled": False, "merged": 0.0}  # fields of `TokensConfig` that files of before do not have
+MERGED = 0.375  # `TokensConfig.merged` of what is trained
 SHIFTS = ("shifts", "scales")  # parameters of `VisualTokens`
 
 
@@ -48,26 +50,32 @@ class TokensConfig:
     text_width: int | None = None  # d_t of the text tower; the visual tokens are then a linear map of text tokens
     shifted: int = 0  # blocks from the cut on before which all tokens are shifted
     scaled: bool = False  # whether they are scaled there, too
+    merged: float = 0.0  # share of all patches that become one with others past the cut
 
     def __post_init__(self) -> None:
         if self.place not in PLACES:
             raise UserError(f"--place {self.place}: must be one of {', '.join(PLACES)}")
         at_least(self, 0, "count")
+        if not 0 <= self.merged < 1:
+            raise UserError(f"--merged {self.merged:g}: must be 0, for none, or a share of the patches below 1")
 
     @property
     def nothing(self) -> bool:
-        """Whether there is nothing to learn."""
-        return not self.count and not self.shifted
+        """Whether a predictor is as good without."""
+        return not self.count and not self.shifted and not self.merged
 
 
 class VisualTokens(nn.Module):
-    """b learnable tokens that go through the tower beside the patches and are never pruned, and learnable shifts.
+    """What makes up for the patches that leave: b learnable tokens that go through the tower beside the others and are
+    never pruned, learnable shifts, and, as there is nothing to learn of it, that later on patches merge.
 
     Shifts are vectors that are added to tokens before every block from the cut on, times the share of tokens that have
     left, so that an image of which nothing leaves stays as it is; scales are vectors that tokens are multiplied by
     before that, 1 and as much of them. They take no matrix products. Learnable tokens are so renewed from block to
     block, as in deep prompt tuning (arXiv 2203.12119); to scale and shift what a frozen model makes is that of SSF
     (arXiv 2210.08823).
+
+    Where patches merge, more of them go past the cut at the same multiply-adds (see `patchrank.pruning.merging`).
 
     Attributes:
         visual: (b, D), where they are free.
@@ -115,13 +123,25 @@ class VisualTokens(nn.Module):
         """Tokens before the cut with these behind them, for the place "cut": (B, p + N, D) -> (B, p + N + b, D)."""
         return torch.cat([tokens, self.extra().to(tokens.dtype).expand(len(tokens), -1, -1)], dim=1)
 
-    def before(self, adapter: Adapter, cut: int, patches: int, *, behind: bool = True) -> Before | None:
-        """What is done before every block from the cut on, as of `Adapter.run`; None without shifts.
+    def merges(self, adapter: Adapter, schedule: Mapping[int, int]) -> dict[int, int]:
+        """How many pairs of patches become one token each, by block, where they leave by a schedule."""
+        return merging.beside_dropping(adapter, schedule, self.config.merged)
+
+    def along(self, adapter: Adapter, cut: int, patches: int, *, behind: bool = True) -> Along:
+        """What is done to tokens from the cut on.
 
         Args:
-            patches: that are left; those with a gate of 0 are not.
+            patches: that go past the cut; those with a gate of 0 do not.
             behind: whether learnable tokens stand behind the patches, or between them and the prefix tokens.
         """
+        b, p = self.config.count, adapter.prefix_tokens
+        merges = self.merges(adapter, {cut: patches})
+        return Along(self._shifting(adapter, cut, patches, behind), merges, p if behind else p + b, patches)
+
+    def _shifting(
+        self, adapter: Adapter, cut: int, patches: int, behind: bool
+    ) -> Callable[[Tensor, int], Tensor] | None:
+        """As `Along.before`; arguments as of `along`."""
         if self.shifts is None:
             return None
         shifts, scales, b, p = self.shifts, self.scales, self.config.count, adapter.prefix_tokens
@@ -161,8 +181,7 @@ class VisualTokens(nn.Module):
             with torch.no_grad():
                 kept = choose(tokens)
         patches = tower.num_tokens if kept is None else kept.shape[1]
-        before = self.before(tower.adapter, tower.cut, patches)
-        return tower.suffix(tokens, kept, before=before)
+        return tower.suffix(tokens, kept, along=self.along(tower.adapter, tower.cut, patches))
 
 
 class PromptedText(nn.Module):

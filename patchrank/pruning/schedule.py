@@ -2,15 +2,17 @@
 
 Methods are compared at equal multiply-adds. At keep rate m, m * N tokens go past the cut: a learnable token costs what
 a patch costs, so b of them leave m * N - b places for patches, or fewer where they go through the blocks before the
-cut, too. What needs no training is given as many multiply-adds as that takes together with the predictor.
+cut, too; where patches merge past the cut, more of them go past it. What needs no training is given as many
+multiply-adds as that takes together with the predictor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from patchrank.errors import UserError
 from patchrank.model.adapter import Adapter
+from patchrank.pruning.merging import block_multiply_adds
 from patchrank.pruning.methods import Method
 from patchrank.tokens import count_kept
 
@@ -38,17 +40,29 @@ def checked(adapter: Adapter, schedule: Schedule) -> Schedule:
     return result
 
 
-def scheduled_multiply_adds(adapter: Adapter, schedule: Schedule, extra: int = 0, join: int | None = None) -> int:
+def scheduled_multiply_adds(
+    adapter: Adapter,
+    schedule: Schedule,
+    extra: int = 0,
+    join: int | None = None,
+    merges: Mapping[int, int] | None = None,
+) -> int:
     """Exact multiply-adds of an image of which tokens leave by a schedule; the selector's are not counted.
 
     Args:
         extra, join: so many learnable tokens join before block `join`.
+        merges: how many pairs of patches become one, by block.
     """
     n, total = adapter.length, adapter.embed_multiply_adds()
     for number in range(adapter.depth):
         n = adapter.prefix_tokens + schedule[number] if number in schedule else n
         there = n + extra if join is not None and number >= join else n
-        total += adapter.block_multiply_adds(there, last=number == adapter.depth - 1)
+        if merged := 0 if merges is None else merges.get(number, 0):
+            total += block_multiply_adds(adapter, there, n - adapter.prefix_tokens, merged)
+            n -= merged
+        else:
+            total += adapter.block_multiply_adds(there, last=number == adapter.depth - 1)
+    there = n if join is None else n + extra
     return total + adapter.output_multiply_adds(there)
 
 
@@ -59,7 +73,7 @@ def multiply_adds(adapter: Adapter, method: Method, schedule: Schedule, cut: int
         cut: the block before which learnable tokens join, where they do not join at the input.
     """
     told = 0 if method.selector is None else method.selector.multiply_adds(adapter, schedule)
-    return scheduled_multiply_adds(adapter, schedule, *_joining(method, cut)) + told
+    return _unselected(adapter, method, schedule, cut) + told
 
 
 def budget(adapter: Adapter, method: Method, cut: int, keep: float) -> int:
@@ -69,8 +83,8 @@ def budget(adapter: Adapter, method: Method, cut: int, keep: float) -> int:
 
 
 def beside_learnable(adapter: Adapter, method: Method, totals: Schedule, cut: int, asked: str) -> Schedule:
-    """How many patches go on where a method's learnable tokens take places: as many fewer before every block, and no
-    more than it takes that these tokens cost nothing.
+    """How many patches go on where a method's learnable tokens take places, or patches merge later: as many fewer or
+    more before every block, and no more than what takes the multiply-adds of `totals` alone.
 
     Args:
         totals: how many tokens go on, learnable ones among them.
@@ -82,10 +96,12 @@ def beside_learnable(adapter: Adapter, method: Method, totals: Schedule, cut: in
     """
     if method.tokens is None or not totals:
         return totals
-    limit, (count, join) = scheduled_multiply_adds(adapter, totals), _joining(method, cut)
-    for taken in range(count, min(totals.values())):
+    limit, count = scheduled_multiply_adds(adapter, totals), method.tokens.config.count
+    # Where patches merge later on, more of them go past the cut, but never all: then nothing would be pruned.
+    most = adapter.num_tokens - 1 - max(totals.values()) if method.tokens.config.merged else -count
+    for taken in range(-most, min(totals.values())):
         schedule = {block: total - taken for block, total in totals.items()}
-        if scheduled_multiply_adds(adapter, schedule, count, join) <= limit:
+        if _unselected(adapter, method, schedule, cut) <= limit:
             return schedule
     raise UserError(f"{asked}: leaves no place for patches beside {count} learnable tokens; keep more")
 
@@ -109,8 +125,10 @@ def at_keep_rate(adapter: Adapter, method: Method, cut: int, keep: float, flag: 
     return {cut: patches}
 
 
-def _joining(method: Method, cut: int) -> tuple[int, int | None]:
-    """How many learnable tokens a method has, and the block before which they join."""
+def _unselected(adapter: Adapter, method: Method, schedule: Schedule, cut: int) -> int:
+    """`multiply_adds` without what tells the tokens."""
     if method.tokens is None:
-        return 0, None
-    return method.tokens.config.count, 0 if method.tokens.config.place == "input" else cut
+        return scheduled_multiply_adds(adapter, schedule)
+    join = 0 if method.tokens.config.place == "input" else cut
+    merges = method.tokens.merges(adapter, schedule)
+    return scheduled_multiply_adds(adapter, schedule, method.tokens.config.count, join, merges)

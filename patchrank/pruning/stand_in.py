@@ -27,7 +27,7 @@ class Trace:
         tokens: (B, p + b + n, D): prefix tokens, learnable ones, patches; the prefix tokens alone where no others are
             read.
         learnable: b.
-        ids: (B, n) of the patches; None where tokens were merged.
+        ids: (B, n) of the patches; None where a tower only merges.
         weights: as of `Adapter.output`.
         taken: by how many blocks they have gone through, (B, p + n, D) tokens and (B, n) ids of their patches.
     """
@@ -48,8 +48,9 @@ class StandIn(nn.Module):
         visual: the tower; its modules are used as they are, none is copied or changed.
 
     Attributes:
-        patch_ids: (B, n), the patches that were left of the last images, in the order of their tokens; None before
-            there were any, where tokens were merged, and of what `torch.compile` and exports made of the tower.
+        patch_ids: (B, n), the patches that were left of the last images, in the order of their tokens; where some
+            became one, that which the others joined. None before there were any, where a tower only merges, and of what
+            `torch.compile` and exports made of the tower.
     """
 
     patch_ids: Tensor | None

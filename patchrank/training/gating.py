@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchrank.model.adapter import Before
+from patchrank.model.adapter import NOTHING, Along
 from patchrank.model.tower import Tower
 
 TEMPERATURE = 0.5  # in standard deviations of the usefulness
@@ -86,7 +86,7 @@ def embeddings(
     usefulness: Tensor,
     patches: int,
     noise: Tensor | float = 0.0,
-    before: Before | None = None,
+    along: Along = NOTHING,
 ) -> Tensor:
     """Embeddings of images of which the most useful patches stay, with a gradient to the usefulness of all near them.
 
@@ -96,10 +96,10 @@ def embeddings(
         usefulness: (B, N), high = keep.
         patches: m, how many stay.
         noise: (B, N), added to the standardized usefulness.
-        before: as of `Adapter.run`.
+        along: as of `Adapter.through`; tokens with a gate of 0 do not merge.
 
     Returns:
         (B, E), not normalised.
     """
     ids, there = gates(standardized(usefulness) + noise, patches)  # (B, n) each
-    return tower.suffix(tokens, ids, gates=there, before=before)
+    return tower.suffix(tokens, ids, gates=there, along=along)

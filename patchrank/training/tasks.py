@@ -21,6 +21,7 @@ from patchrank.data.join import JoinReport
 from patchrank.errors import UserError
 from patchrank.flags import flag
 from patchrank.model import classes, loading
+from patchrank.model.adapter import NOTHING
 from patchrank.model.classes import CLASSES_FILE, Classes
 from patchrank.pruning import predictor, prompts
 from patchrank.pruning.comparison import Comparison
@@ -90,10 +91,10 @@ class _ImagesTask:
         """
         tower = self.images.tower
         keep, noise = self._drawn(lesson, first)
-        stay, before = self.patches[keep], None
+        stay, along = self.patches[keep], NOTHING
         if learnable is not None:
-            before = learnable.before(tower.adapter, tower.cut, stay)
-        found = gating.embeddings(tower, tokens, usefulness, stay, noise, before)  # (B, E)
+            along = learnable.along(tower.adapter, tower.cut, stay)
+        found = gating.embeddings(tower, tokens, usefulness, stay, noise, along)  # (B, E)
         return gating.lacking(found, wanted, keep).mean(), found
 
     def _drawn(self, lesson: Lesson, first: int) -> tuple[float, Tensor]:

@@ -55,7 +55,7 @@ DEFAULTS = {
     },
     train_tokens: {
         **IMAGES, **TRAINING, "predictor": "predictor", "keep": 0.6, "tokens": 4, "place": "cut", "text": False,
-        "label_weight": 0.1, "predictor_rate": 0.2, "shift_rate": 0.1, "shifts": True, "scales": True,
+        "label_weight": 0.1, "predictor_rate": 0.2, "shift_rate": 0.1, "shifts": True, "scales": True, "merged": 0.375,
         "out": "tokens", "epochs": 5, "learning_rate": 0.01,
     },
 }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from patchrank.model.adapter import Along
 from patchrank.model.tower import Tower
 
 
@@ -64,6 +65,33 @@ def test_the_gradient_agrees_with_finite_differences(small_clip, images, at):
     (gradient,) = torch.autograd.grad(value(gates.requires_grad_()), gates)
     gates, step = gates.detach(), 1e-6
     for token in range(20):
+        change = torch.zeros_like(gates)
+        change[0, token] = step
+        expected = (value(gates + change) - value(gates - change)) / (2 * step)
+        torch.testing.assert_close(gradient[0, token], expected, rtol=1e-5, atol=1e-8)
+
+
+def test_what_has_a_gate_of_zero_does_not_merge_and_the_gradient_through_merging_is_the_true_one(small_clip, images):
+    """Of 12 tokens 9 have gate 1; they merge among themselves, as if the others were not there."""
+    tower, tokens = tower_and_tokens(small_clip, images, 1)
+    extra = torch.randn(2, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    tokens = torch.cat([tokens, extra.expand(3, -1, -1)], dim=1)
+    kept = torch.stack([torch.randperm(20, generator=torch.Generator().manual_seed(row))[:12] for row in range(3)])
+    along = Along(merges={1: 3, 2: 1}, first=1, patches=9)
+    gates = (torch.arange(12) < 9).double().expand(3, -1).clone()
+    alone = tower.suffix(tokens, kept[:, :9], along=along)
+    assert (alone - tower.suffix(tokens, kept[:, :9])).abs().max() > 1e-3
+    torch.testing.assert_close(tower.suffix(tokens, kept, gates=gates, along=along), alone, rtol=0, atol=1e-12)
+    direction = torch.randn(24, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+
+    def value(gates):
+        return (tower.suffix(tokens, kept, gates=gates, along=along) @ direction).sum()
+
+    found = value(gates.requires_grad_())
+    torch.testing.assert_close(found, (alone @ direction).sum(), rtol=0, atol=1e-10)
+    (gradient,) = torch.autograd.grad(found, gates)
+    gates, step = gates.detach(), 1e-6
+    for token in range(12):
         change = torch.zeros_like(gates)
         change[0, token] = step
         expected = (value(gates + change) - value(gates - change)) / (2 * step)

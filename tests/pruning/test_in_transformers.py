@@ -22,7 +22,6 @@ from patchrank.pruning.bundle import Bundle
 from patchrank.pruning.predictor import PredictorConfig
 from patchrank.pruning.prompts import TokensConfig
 from patchrank.pruning.stand_in import count_multiply_adds
-from patchrank.tokens import select
 
 N = 25  # patches of these models
 
@@ -31,7 +30,7 @@ def tower_of(vision, projection=None):
     return ImageTower(vision, projection, (20, 20))
 
 
-def bundle_for(visual, shape=(5, 5), tokens=True):
+def bundle_for(visual, shape=(5, 5), tokens=True, merged=0.0):
     torch.manual_seed(2)
     about = {
         "name": "small",
@@ -43,7 +42,7 @@ def bundle_for(visual, shape=(5, 5), tokens=True):
     }
     prefix = patchrank.model.kinds.adapt(visual).prefix_tokens
     learnt = asdict(PredictorConfig(shape, 32, width=8, prefix_tokens=prefix))
-    bundle = Bundle(about, learnt, asdict(TokensConfig(32, count=3, shifted=3)) if tokens else None)
+    bundle = Bundle(about, learnt, asdict(TokensConfig(32, count=3, shifted=3, merged=merged)) if tokens else None)
     for parameter in bundle.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     return bundle
@@ -109,18 +108,21 @@ def test_a_bundle_and_merging(images, name, attention):
     """Learnable tokens are in no last hidden state; eager attention is the same function."""
     vision = towers.vision_model(name, attention)
     inputs = given(vision, images)
-    bundle = bundle_for(tower_of(vision))
+    bundle = bundle_for(tower_of(vision), merged=0.3)
     patchrank.prune(vision, bundle, keep=0.6)
     found = vision(**inputs)
-    p = found.last_hidden_state.shape[1] - 12
-    assert p == {"hf-clip": 1, "hf-dinov2": 1, "hf-vit": 1, "hf-dinov2-registers": 3}.get(name, 0)
-    assert found.patch_ids.shape == (2, 12) and all(row.unique().numel() == 12 for row in found.patch_ids)
+    stay = vision.pruned_tower.schedule[1]
+    merged = sum(bundle.tokens.merges(vision.pruned_tower.unchecked, {1: stay}).values())
+    p = found.last_hidden_state.shape[1] - (stay - merged)
+    assert merged and p == {"hf-clip": 1, "hf-dinov2": 1, "hf-vit": 1, "hf-dinov2-registers": 3}.get(name, 0)
+    assert found.patch_ids.shape == (2, stay - merged)
     wanted = patchrank.restore(vision)
     tower = patchrank.model.tower.Tower(tower_of(wanted), 1)
     tokens = bundle.tokens.prefix(tower, images)
-    order = select(bundle.predictor(tokens), 12)
-    pooled = tower.suffix(tokens, order, before=bundle.tokens.before(tower.adapter, 1, 12))
-    assert torch.equal(found.patch_ids.sort(dim=1).values, order.sort(dim=1).values)
+    order = bundle.predictor(tokens).topk(stay).indices
+    pooled = tower.suffix(tokens, order, along=bundle.tokens.along(tower.adapter, 1, stay))
+    for ids, there in zip(found.patch_ids.tolist(), order.tolist(), strict=True):
+        assert len(set(ids)) == stay - merged and set(ids) < set(there)
     if name not in ("hf-vit", "hf-siglip-mean"):
         torch.testing.assert_close(found.pooler_output, pooled)
     patchrank.prune(vision, "token-merging", keep=0.6, image_size=(20, 20))

@@ -99,10 +99,10 @@ def test_shifts_and_scales_before_every_block_are_in_proportion_to_what_has_left
     torch.testing.assert_close(pruned(images), expected, atol=1e-4, rtol=1e-4)
     in_parts = PrunedTower(model.visual, {cut: 4, cut + 1: 3}, Known(), tokens, cut)
     assert not torch.allclose(in_parts(images), expected, atol=1e-2)
-    whole = tokens.before(tower.adapter, cut, 20)
+    whole = tokens.along(tower.adapter, cut, 20).before
     x = torch.randn(2, 24, 32)
     torch.testing.assert_close(whole(x, cut), x)  # where nothing leaves, nothing is added
-    torch.testing.assert_close(tokens.before(tower.adapter, cut, 10)(x, cut - 1), x)
+    torch.testing.assert_close(tokens.along(tower.adapter, cut, 10).before(x, cut - 1), x)
 
 
 @pytest.mark.parametrize("place", prompts.PLACES)
@@ -139,9 +139,9 @@ def test_tokens_work_beside_a_tower_of_low_precision(small_clip):
         assert tokens.visual.grad.dtype == torch.float32 and tokens.visual.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("wrong", [{"place": "middle"}, {"count": -1}])
+@pytest.mark.parametrize("wrong", [{"place": "middle"}, {"count": -1}, {"merged": 1.0}, {"merged": -0.1}])
 def test_tokens_that_make_no_sense_are_refused(wrong):
-    with pytest.raises(UserError, match=r"--(place middle|tokens -1): must be"):
+    with pytest.raises(UserError, match=r"--(place middle|tokens -1|merged 1|merged -0.1): must be"):
         TokensConfig(32, **wrong)
 
 

@@ -36,7 +36,7 @@ def images():
     return torch.randn(5, 3, 16, 20, generator=torch.Generator().manual_seed(1))
 
 
-def bundle_for(model, place=None, cut=1):
+def bundle_for(model, place=None, cut=1, merged=0.0):
     """A bundle whose predictor and tokens were never trained."""
     torch.manual_seed(2)
     visual = model.visual
@@ -48,7 +48,7 @@ def bundle_for(model, place=None, cut=1):
         "grid": [4, 5],
         "blocks": 4,
     }
-    tokens = None if place is None else asdict(TokensConfig(32, count=3, place=place))
+    tokens = None if place is None else asdict(TokensConfig(32, count=3, place=place, merged=merged))
     bundle = Bundle(about, asdict(PredictorConfig((4, 5), 32, width=8)), tokens)
     for parameter in bundle.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
@@ -184,7 +184,7 @@ def test_the_formula_counts_what_pytorch_counts(small_clip, place, keep):
 )
 def test_compile_export_and_onnx(small_clip, images, how, tmp_path):
     model = small_clip()
-    how = bundle_for(model, "input") if how == "bundle" else how
+    how = bundle_for(model, "input", merged=0.3) if how == "bundle" else how
     patchrank.prune(model, how, keep={1: 0.7, 2: 0.5} if how != "token-merging" else 0.5)
     whole = model.encode_image(images)
 
@@ -205,7 +205,7 @@ def test_compile_export_and_onnx(small_clip, images, how, tmp_path):
 
 def test_the_whole_model_autocast_and_lower_precision(small_clip, images):
     model = small_clip()
-    bundle = bundle_for(model, "cut")
+    bundle = bundle_for(model, "cut", merged=0.3)
     patchrank.prune(model, bundle, keep=0.5)
     whole = model.encode_image(images, normalize=True)
     texts = torch.randint(0, 100, (2, 8))

@@ -29,30 +29,34 @@ def batch():
 
 
 def nearest_merging(adapter, multiply_adds):
-    """How near merging can come with the same r in each of the three blocks, or one more in the first of them."""
-    away = []
+    """How near merging can come with the same r in each block but the last, or one more in the first of them."""
+    away, blocks = [], adapter.depth - 1
     for total in range(2 * N):
         left, merges = N, []
-        for number in range(3):
-            merges.append(min(total // 3 + (number < total % 3), left // 2))
+        for number in range(blocks):
+            merges.append(min(total // blocks + (number < total % blocks), left // 2))
             left -= merges[-1]
         away.append(abs(merging_multiply_adds(adapter, merges) - multiply_adds))
     return min(away)
 
 
 @pytest.mark.parametrize("keep", [0.8, 0.6, 0.4])
-@pytest.mark.parametrize("place", [None, "cut", "input"])
-def test_ways_of_pruning_are_compared_at_equal_multiply_adds(small_clip, place, keep):
+@pytest.mark.parametrize("place, merged", [(None, 0.0), ("cut", 0.0), ("input", 0.0), ("cut", 0.3), ("input", 0.3)])
+def test_ways_of_pruning_are_compared_at_equal_multiply_adds(small_clip, place, merged, keep):
     """All take as many as the predictor with m * N tokens past the cut, or less than a token short of it."""
-    visual = small_clip().visual
-    bundle, adapter = bundle_for(small_clip(), place), adapt(visual)
+    model = small_clip(layers=8 if merged else 4)
+    visual = model.visual
+    bundle, adapter = bundle_for(model, place, merged=merged), adapt(visual)
     told = bundle.predictor.multiply_adds()
     budget = scheduled_multiply_adds(adapter, {CUT: round(keep * N)}) + told
     towers = {name: pruned_tower(name, visual, CUT, keep, bundle) for name in methods.METHODS}
     cost = {name: tower.multiply_adds() for name, tower in towers.items()}
     assert {name: count_multiply_adds(tower) for name, tower in towers.items()} == cost
     assert cost["predictor"] == budget and cost["golden"] == budget - told
-    assert place == "input" or cost["predictor-tokens"] == budget
+    assert merged or place == "input" or cost["predictor-tokens"] == budget
+    if merged:  # more go past the cut, as they merge later
+        alone = pruned_tower("predictor-tokens", visual, CUT, keep, bundle_for(model, place))
+        assert towers["predictor-tokens"].schedule[CUT] > alone.schedule[CUT]
     for name in ("predictor-tokens", "class-attention", "random"):
         assert cost[name] <= budget
         towers[name].schedule = {CUT: towers[name].schedule[CUT] + 1}
@@ -61,10 +65,10 @@ def test_ways_of_pruning_are_compared_at_equal_multiply_adds(small_clip, place, 
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.8, 0.5])
-@pytest.mark.parametrize("place", [None, "cut", "input"])
-def test_comparisons_prune_as_what_is_timed_and_counted_does(small_clip, batch, place, keep):
-    model = small_clip()
-    bundle = bundle_for(model, place)
+@pytest.mark.parametrize("place, merged", [(None, 0.0), ("cut", 0.0), ("input", 0.0), ("cut", 0.3), ("input", 0.3)])
+def test_comparisons_prune_as_what_is_timed_and_counted_does(small_clip, batch, place, merged, keep):
+    model = small_clip(layers=8 if merged else 4)
+    bundle = bundle_for(model, place, merged=merged)
     tower = Tower(model.visual, CUT)
     made = methods.make([*SELECTING, "token-merging"], tower.device, bundle)
     found = list(Pruner(tower, made, [keep]).prune(batch))
