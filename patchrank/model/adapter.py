@@ -221,11 +221,10 @@ class Adapter(ABC):
         stop: int | None = None,
         gates: Tensor | None = None,
         recompute: bool = False,
-        along: Along = NOTHING,
         places: Tensor | None = None,
     ) -> Tensor:
-        """Blocks `start` to `stop` - 1, as of `through`: (C, n, D) -> (C, n, D)."""
-        return self.through(x, start, stop, gates, recompute, along, places)[0]
+        """As `through` with nothing along: (C, n, D) -> (C, n, D)."""
+        return self.through(x, start, stop, gates, recompute, places=places)[0]
 
     def through(
         self,

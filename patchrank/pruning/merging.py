@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from patchrank.errors import UserError
-from patchrank.model.adapter import Adapter
+from patchrank.model.adapter import Adapter, Along
 from patchrank.model.kinds import adapt
-from patchrank.model.matching import merge
 from patchrank.pruning.methods import MERGING, Method, Need
 from patchrank.pruning.stand_in import StandIn, Trace
 
@@ -89,10 +88,10 @@ def merge_block(adapter: Adapter, number: int, x: Tensor, sizes: Tensor, merges:
     Returns:
         (B, n - r, D) and (B, n - r); the prefix tokens are first.
     """
-    x, key = adapter.attention(x, number, bias=sizes.log())  # (B, n, D), (B, heads, n, D / heads)
-    if merges:
-        x, sizes, _ = merge(x, sizes, key.mean(dim=1), merges, adapter.prefix_tokens)
-    return adapter.mlp(x, number), sizes
+    p = adapter.prefix_tokens
+    along = Along(merges={number: merges}, first=p, patches=x.shape[1] - p, sizes=sizes)
+    x, merged, _ = adapter.through(x, number, number + 1, along=along)
+    return x, sizes if merged is None else merged
 
 
 def block_multiply_adds(adapter: Adapter, n: int, patches: int, merges: int) -> int:
