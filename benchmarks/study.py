@@ -122,9 +122,9 @@ class Study:
                 yield Row("predictors", name, [self._train(name, steps, flags)])
         if "tokens" in parts:
             for count in (0, 1, 2, 4, 8, 16):
-                flags = ["--tokens", str(count), "--predictor", str(first)]
+                flags = ["--tokens", str(count), "--merged", "0", "--predictor", str(first)]
                 yield Row("tokens", f"{count} tokens", [self._train(f"{count} tokens", steps, flags, "train_tokens")])
-            flags = ["--no-shifts", "--predictor", str(first)]
+            flags = ["--no-shifts", "--merged", "0", "--predictor", str(first)]
             yield Row("tokens", "4, no shifts", [self._train("4, no shifts", steps, flags, "train_tokens")])
         if "rates" in parts:
             for name, rates in {
