@@ -171,9 +171,9 @@ class Adapter(ABC):
         Args:
             x: (C, n, D).
             number: the block, from 0.
-            gates: (C, n) float, as for `run`.
+            gates: (C, n) float, as for `through`.
             bias: (C, n) float, added to the logits of each key; nothing where None.
-            places: as for `run`.
+            places: as for `through`.
 
         Returns:
             (C, n, D), and the keys, (C, heads, n, D / heads). Of the last block only the tokens that `readout` reads
@@ -192,7 +192,7 @@ class Adapter(ABC):
         query pools tokens, what that attends to.
 
         Args:
-            places: as for `run`.
+            places: as for `through`.
         """
 
     @abstractmethod
@@ -200,8 +200,8 @@ class Adapter(ABC):
         """Embeddings of what the last block gives: (C, n, D) -> (C, E), not normalised, in the readout's dtype.
 
         Args:
-            x: as `run` gives it.
-            weights: (C, n) float, how much each token counts where tokens are pooled: the gates of `run`, or the
+            x: as `through` gives it.
+            weights: (C, n) float, how much each token counts where tokens are pooled: the gates of `through`, or the
                 patches that each stands for. As much as any other where None.
         """
 
@@ -214,17 +214,9 @@ class Adapter(ABC):
         """
         return self.readout(x, weights)
 
-    def run(
-        self,
-        x: Tensor,
-        start: int = 0,
-        stop: int | None = None,
-        gates: Tensor | None = None,
-        recompute: bool = False,
-        places: Tensor | None = None,
-    ) -> Tensor:
-        """As `through` with nothing along: (C, n, D) -> (C, n, D)."""
-        return self.through(x, start, stop, gates, recompute, places=places)[0]
+    def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """The tokens alone of `through`, of whole images: (C, n, D) -> (C, n, D)."""
+        return self.through(x, start, stop)[0]
 
     def through(
         self,
@@ -309,7 +301,7 @@ class Adapter(ABC):
         return self.blocks[number](x)
 
     def in_order(self, n: int, device: torch.device) -> Tensor:
-        """The places of the first n tokens of an image and of learnable ones behind them, as for `run`: (1, n)."""
+        """The places of the first n tokens of an image and of learnable ones behind them, as for `through`: (1, n)."""
         ids = torch.arange(n, device=device) - self.prefix_tokens
         return ids.where((ids >= 0) & (ids < self.num_tokens), self.num_tokens)[None]
 

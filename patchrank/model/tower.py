@@ -170,13 +170,13 @@ class Tower(nn.Module):
         adapter.all_read = True
         x, places = self._left(adapter, tokens, kept, image)
         gates = None if gates is None else F.pad(gates, (adapter.prefix_tokens, 0), value=1.0)  # (C, p + n)
-        x = adapter.run(x, self.cut, None, gates, self.recompute, places=places)
+        x, _, _ = adapter.through(x, self.cut, None, gates, self.recompute, places=places)
         return adapter.final_norm(x[:, adapter.prefix_tokens :])
 
     def _left(
         self, adapter: Adapter, tokens: Tensor, kept: Tensor | None, image: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """What goes past the cut, (C, p + n + b, D), and its places, as for `Adapter.run`; arguments as of `suffix`."""
+        """What goes past the cut, (C, p + n + b, D), and places, as of `Adapter.through`; arguments as of `suffix`."""
         p, length = adapter.prefix_tokens, adapter.length
         if kept is None:
             x, places = tokens if image is None else tokens[image], None  # (C, p + N + b, D)

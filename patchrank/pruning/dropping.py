@@ -68,6 +68,7 @@ class PrunedTower(StandIn):
         ids = torch.arange(adapter.num_tokens, device=x.device).expand(x.shape[0], -1)  # (B, N), that are left
         attention: Attention = None  # in the block before
         sizes: Tensor | None = None  # (B, first + n), the patches that each token stands for, where they merged
+        along = NOTHING
         found: dict[int, tuple[Tensor, Tensor | None]] = {}
         for number in range(stop):
             if number in taken:
@@ -79,7 +80,9 @@ class PrunedTower(StandIn):
                 x, first = self._join(adapter, x)
             places = self._places(adapter, first, ids) if adapter.rotary else None
             attention = partial(adapter.class_attention, x.detach(), number, places)
-            along = replace(self._along(adapter, x.shape[1] - first, number), sizes=sizes)
+            if kept is not None or number == self.cut:
+                along = self._along(adapter, x.shape[1] - first, number)
+            along = replace(along, patches=x.shape[1] - first, sizes=sizes)
             x, sizes, stood = adapter.through(x, number, number + 1, None, adapter.recomputes, along, places)
             if stood is not None:  # a token has the id of the patch that others merged into
                 ids = ids.gather(1, stood[:, first:] - first)
@@ -88,17 +91,16 @@ class PrunedTower(StandIn):
         return Trace(x, first - p, ids, sizes, found)
 
     def _places(self, adapter: Adapter, first: int, ids: Tensor) -> Tensor:
-        """As of `Adapter.run`, of (B, first + n, D) tokens: (B or 1, first + n)."""
+        """As of `Adapter.through`, of (B, first + n, D) tokens: (B or 1, first + n)."""
         ids = ids[:1] if ids.shape[1] == adapter.num_tokens else ids  # the same for all images
         return F.pad(ids, (first, 0), value=adapter.num_tokens)
 
     def _along(self, adapter: Adapter, patches: int, number: int) -> Along:
-        """What is done on the way through a block, where so many patches are there."""
+        """What is done on the way from a block on, where so many patches are there."""
         if self.tokens is None or number < self.cut:
             return NOTHING
-        gone_past = min((kept for block, kept in self.schedule.items() if block <= number), default=adapter.num_tokens)
-        along = self.tokens.along(adapter, self.cut, gone_past, behind=False)
-        return replace(along, merges=self.tokens.merges(adapter, self.schedule), patches=patches)
+        along = self.tokens.along(adapter, self.cut, patches, behind=False)
+        return replace(along, merges=self.tokens.merges(adapter, self.schedule))
 
     def _join(self, adapter: Adapter, x: Tensor) -> tuple[Tensor, int]:
         """Learnable tokens put behind the prefix tokens, (B, p + n, D) -> (B, p + b + n, D); the first patch's place.

@@ -62,7 +62,6 @@ def scheduled_multiply_adds(
             n -= merged
         else:
             total += adapter.block_multiply_adds(there, last=number == adapter.depth - 1)
-    there = n if join is None else n + extra
     return total + adapter.output_multiply_adds(there)
 
 
@@ -98,8 +97,8 @@ def beside_learnable(adapter: Adapter, method: Method, totals: Schedule, cut: in
         return totals
     limit, count = scheduled_multiply_adds(adapter, totals), method.tokens.config.count
     # Where patches merge later on, more of them go past the cut, but never all: then nothing would be pruned.
-    most = adapter.num_tokens - 1 - max(totals.values()) if method.tokens.config.merged else -count
-    for taken in range(-most, min(totals.values())):
+    least = max(totals.values()) - adapter.num_tokens + 1 if method.tokens.config.merged else count
+    for taken in range(least, min(totals.values())):
         schedule = {block: total - taken for block, total in totals.items()}
         if _unselected(adapter, method, schedule, cut) <= limit:
             return schedule

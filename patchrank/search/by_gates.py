@@ -1,6 +1,6 @@
 """Ranked through gates: a usefulness for every token is improved step by step, by the gradient of what is lost.
 
-In each step the m most useful tokens stay. They have gate 1 and those that follow have gate 0 as keys (`Adapter.run`),
+In each step the m most useful tokens stay. They have gate 1 and those that follow have gate 0 as keys (`through`),
 and a pass forward and one back tell how much would be lost, or gained, by a little less or more of each of them. A
 gate's gradient becomes the usefulness's as if gates were a sigmoid around the threshold, so that the tokens near it
 change places. m is another in every step, so the ranking that is left is good at all these keep rates, and a token that
